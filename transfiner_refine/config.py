@@ -1,0 +1,141 @@
+"""The two configurations: ``TransfinerConfig`` shapes a model, ``RefineOptions`` shapes one call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from transfiner_refine.errors import InvalidInputError
+
+ROOT_SIDE = 28
+"""Side of quadtree level 0, the resolution of the usual mask head."""
+
+REFERENCE_SIDE = 14
+"""Side of the grid of coarse reference tokens that head every node sequence."""
+
+MAX_DEPTH = 4
+"""Deepest quadtree: levels 28, 56, 112 and 224 (paper, Table 5)."""
+
+CUES = ("fine", "coarse", "context", "position", "guidance")
+
+
+@dataclass(frozen=True)
+class TransfinerConfig:
+    """Architecture of one refiner; the defaults are the paper's model on a detector's FPN.
+
+    Attributes:
+        feature_source: What made the features: ``"image_encoder"`` or the name of an adapter.
+        feature_channels: Channels of every map of the feature pyramid.
+        strides: Strides of the pyramid's maps in pixels, finest first, each twice the one before.
+        canonical_level: Level of a RoI of 224 pixels (paper, RoI pyramid); a map of stride ``s`` is level ``log2(s)``.
+        box_margin: Share of the box side added on each of its four sides before the RoI is cut.
+        depth: Quadtree levels refined: 0 leaves the coarse mask, 3 ends at 112, 4 at 224.
+        channels: Width of tokens and of the incoherence detector.
+        layers: Layers of the sequence encoder.
+        heads: Attention heads of each layer.
+        ffn_channels: Hidden width of each layer's feed-forward network.
+        node_cues: Cues that make a node's token. The paper's four are ``fine``, ``coarse``, ``context`` and
+            ``position``; ``guidance`` adds the incoherence detector's own features of the node's root cell.
+        level_embedding: Whether a learned vector per quadtree level is added to each token.
+        decoder: ``"label"`` predicts the refined label (paper); ``"residual"`` predicts a correction to the coarse
+            logit and starts at zero, so that an untrained model is the identity.
+        lower_level_guidance: Whether finer incoherence detectors see the coarser prediction (paper, Table 3).
+        joint_levels: One sequence of all levels (paper) or one sequence per level (paper, Table 8).
+        propagate: Whether refined values are handed down to the quadrants (paper, Table 8).
+        format_version: Version of this layout, raised when old files can no longer be read.
+    """
+
+    feature_source: str = "detector"
+    feature_channels: int = 256
+    strides: tuple[int, ...] = (4, 8, 16, 32)
+    canonical_level: int = 4
+    box_margin: float = 0.0
+    depth: int = 3
+    channels: int = 256
+    layers: int = 3
+    heads: int = 4
+    ffn_channels: int = 1024
+    node_cues: tuple[str, ...] = ("fine", "coarse", "context", "position")
+    level_embedding: bool = False
+    decoder: Literal["label", "residual"] = "label"
+    lower_level_guidance: bool = True
+    joint_levels: bool = True
+    propagate: bool = True
+    format_version: int = 1
+
+    def __post_init__(self) -> None:
+        # JSON has no tuples: what comes back from config.json are lists.
+        object.__setattr__(self, "strides", tuple(self.strides))
+        object.__setattr__(self, "node_cues", tuple(self.node_cues))
+        if self.format_version != 1:
+            raise InvalidInputError(
+                f"expected format_version 1, got {self.format_version}: install the release that wrote this config"
+            )
+        for name in ("feature_channels", "channels", "layers", "heads", "ffn_channels"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise InvalidInputError(f"expected {name} as an integer of at least 1, got {value!r}")
+        if not isinstance(self.depth, int) or not 0 <= self.depth <= MAX_DEPTH:
+            raise InvalidInputError(f"expected depth 0 to {MAX_DEPTH}, got {self.depth!r}")
+        if not all(isinstance(stride, int) and stride > 0 for stride in self.strides):
+            raise InvalidInputError(f"expected strides as integers above 0, got {self.strides}")
+        if not self.strides or any(b != 2 * a for a, b in zip(self.strides, self.strides[1:], strict=False)):
+            raise InvalidInputError(f"expected strides that double from map to map, got {self.strides}")
+        if self.strides[0] & (self.strides[0] - 1):
+            raise InvalidInputError(f"expected strides that are powers of two, got {self.strides}")
+        if unknown := set(self.node_cues) - set(CUES):
+            raise InvalidInputError(f"expected node_cues among {CUES}, got {sorted(unknown)}")
+        if not set(self.node_cues) & {"fine", "coarse", "context", "guidance"}:
+            raise InvalidInputError("expected at least one node cue besides position, got none")
+        if self.decoder not in ("label", "residual"):
+            raise InvalidInputError(f'expected decoder "label" or "residual", got {self.decoder!r}')
+        if self.channels % self.heads or self.channels % 4:
+            raise InvalidInputError(
+                f"expected channels divisible by heads and by 4, got {self.channels} channels and {self.heads} heads"
+            )
+        if not self.box_margin >= 0:
+            raise InvalidInputError(f"expected box_margin of at least 0, got {self.box_margin}")
+
+
+@dataclass(frozen=True)
+class RefineOptions:
+    """Choices of one ``refine`` call; each default says how to switch it off.
+
+    Attributes:
+        depth: Quadtree levels to refine, at most the model's; None takes the model's own depth.
+        incoherence_threshold: Probability above which a cell is an incoherent node; 1.0 and above refines nothing.
+        mask_threshold: Probability from which a pixel belongs to the mask.
+        token_budget: Tokens held at once, which bounds memory: instances are refined in groups that fit. One instance
+            is never split, so its own tokens may exceed a very small budget; ``max_nodes`` bounds those.
+        max_nodes: Nodes kept per instance and level, the most incoherent first; None keeps all.
+        keep_if_iou_below: A refined mask whose IoU with its coarse mask is below this is replaced by the coarse mask
+            and flagged in ``kept_coarse``; 0 accepts every refinement.
+        encode: How the image encoder sees the image: ``"crops"`` encodes each instance at a fixed scale, ``"image"``
+            the whole image once, ``"auto"`` whichever needs fewer pixels.
+        return_quadtree: Whether the result carries incoherence maps and quadtrees, for pictures and analysis.
+    """
+
+    depth: int | None = None
+    incoherence_threshold: float = 0.5
+    mask_threshold: float = 0.5
+    token_budget: int = 16384
+    max_nodes: int | None = None
+    keep_if_iou_below: float = 0.5
+    encode: Literal["auto", "image", "crops"] = "auto"
+    return_quadtree: bool = False
+
+    def __post_init__(self) -> None:
+        if self.depth is not None and not 0 <= self.depth <= MAX_DEPTH:
+            raise InvalidInputError(f"expected depth 0 to {MAX_DEPTH} or None, got {self.depth}")
+        if self.token_budget < 1:
+            raise InvalidInputError(f"expected token_budget of at least 1, got {self.token_budget}")
+        if self.max_nodes is not None and self.max_nodes < 1:
+            raise InvalidInputError(f"expected max_nodes of at least 1 or None, got {self.max_nodes}")
+        if not self.incoherence_threshold >= 0:
+            raise InvalidInputError(f"expected incoherence_threshold of at least 0, got {self.incoherence_threshold}")
+        if not 0 < self.mask_threshold < 1:
+            raise InvalidInputError(f"expected mask_threshold between 0 and 1, got {self.mask_threshold}")
+        if not 0 <= self.keep_if_iou_below <= 1:
+            raise InvalidInputError(f"expected keep_if_iou_below from 0 to 1, got {self.keep_if_iou_below}")
+        if self.encode not in ("auto", "image", "crops"):
+            raise InvalidInputError(f'expected encode "auto", "image" or "crops", got {self.encode!r}')

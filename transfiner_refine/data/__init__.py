@@ -1,0 +1,1 @@
+"""COCO annotations and results files, read and written, and the datasets built on them."""
