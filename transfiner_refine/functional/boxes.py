@@ -1,0 +1,50 @@
+"""Boxes: continuous pixels, half-open xyxy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def expand_boxes(boxes: Tensor, margin: float) -> Tensor:
+    """Grow each box on all four sides by a share of its own side.
+
+    Args:
+        boxes: ``(N, 4)`` float, xyxy pixels.
+        margin: Share of the width added left and right, and of the height added above and below.
+
+    Returns:
+        ``(N, 4)`` float, xyxy pixels; not clipped to any image.
+    """
+    size = boxes[:, 2:] - boxes[:, :2]  # (N, 2)
+    return torch.cat([boxes[:, :2] - margin * size, boxes[:, 2:] + margin * size], dim=1)
+
+
+def crop_windows(boxes: Tensor, span: float, side: int) -> Tensor:
+    """Square windows centred on boxes, in which each box's long side takes ``span`` of ``side`` pixels.
+
+    Args:
+        boxes: ``(N, 4)`` float, xyxy pixels.
+        span: Length of a box's long side after the window is resized to ``side``.
+        side: Side of the resized window.
+
+    Returns:
+        ``(N, 4)`` float, xyxy pixels; windows may reach beyond the image.
+    """
+    centre = (boxes[:, :2] + boxes[:, 2:]) / 2
+    half = (boxes[:, 2:] - boxes[:, :2]).amax(dim=1, keepdim=True) * (side / span / 2)
+    return torch.cat([centre - half, centre + half], dim=1)
+
+
+def touches_image(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """Whether each box shares any area with the image.
+
+    Args:
+        boxes: ``(N, 4)`` float, xyxy pixels.
+        image_size: ``(H, W)`` pixels.
+
+    Returns:
+        ``(N,)`` bool.
+    """
+    height, width = image_size
+    return (boxes[:, 0] < width) & (boxes[:, 1] < height) & (boxes[:, 2] > 0) & (boxes[:, 3] > 0)
