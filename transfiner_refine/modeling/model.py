@@ -1,0 +1,25 @@
+"""The module that a refiner holds and saves: the Mask Transfiner, and the image encoder where it has one."""
+
+from torch import nn
+
+from transfiner_refine.config import TransfinerConfig
+from transfiner_refine.modeling.image_encoder import ImageEncoder
+from transfiner_refine.modeling.transfiner import MaskTransfiner
+
+IMAGE_ENCODER = "image_encoder"
+
+
+class RefinerModel(nn.Module):
+    """All weights of a refiner.
+
+    Attributes:
+        config: The architecture.
+        image_encoder: None when a detector makes the features.
+        transfiner: The paper's network.
+    """
+
+    def __init__(self, config: TransfinerConfig):
+        super().__init__()
+        self.config = config
+        self.image_encoder = ImageEncoder(config.feature_channels) if config.feature_source == IMAGE_ENCODER else None
+        self.transfiner = MaskTransfiner(config)
