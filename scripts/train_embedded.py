@@ -1,0 +1,148 @@
+"""Train the embedded model on the sets named in its model card.
+
+    python scripts/train_embedded.py RUN_DIR --cache CACHE_DIR [--data DIR] [--steps N]
+
+RUN_DIR gets the checkpoint, the metrics and the best refiner; the same command resumes an interrupted run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from dataset import DATA, MatchedImage, MatchedSet  # pyright: ignore[reportMissingImports]
+from fetch_backbone import imagenet_weights  # pyright: ignore[reportMissingImports]
+
+from transfiner_refine import RefineOptions, Refiner, TransfinerConfig
+from transfiner_refine.data.crops import CropDataset
+from transfiner_refine.data.object_cache import CropSource
+from transfiner_refine.evaluation.boundary import boundary_iou, mask_iou
+from transfiner_refine.evaluation.report import figures_from_scores
+from transfiner_refine.modeling.model import RefinerModel
+from transfiner_refine.training.loop import TrainConfig, describe, train
+from transfiner_refine.training.losses import LossConfig
+
+VALIDATION_LIST = Path(__file__).resolve().parents[1] / "benchmarks" / "ecssd_validation.txt"
+
+EMBEDDED = TransfinerConfig(
+    feature_source="image_encoder",
+    feature_channels=64,
+    strides=(2, 4, 8, 16, 32),
+    box_margin=0.125,
+    depth=3,
+    channels=128,
+    ffn_channels=256,
+    node_cues=("fine", "coarse", "context", "position", "guidance"),
+    level_embedding=True,
+    decoder="residual",
+)
+
+
+class Validation:
+    """Mean IoU, Boundary IoU and share of masks made worse, by the refiner's public path, on held-out photos."""
+
+    def __init__(self, sets: dict[str, list[MatchedImage]]):
+        self.sets = sets
+        self.before = {
+            name: (
+                np.concatenate([mask_iou(m.coarse, m.truth) for m in images]),
+                np.concatenate([boundary_iou(m.coarse, m.truth) for m in images]),
+            )
+            for name, images in sets.items()
+        }
+
+    def __call__(self, refiner: Refiner) -> dict[str, float]:
+        record: dict[str, float] = {}
+        scores = []
+        for name, images in self.sets.items():
+            iou, boundary, nodes = [], [], np.zeros(refiner.config.depth)
+            for m in images:
+                out = refiner.refine(
+                    m.image,
+                    boxes=m.boxes,
+                    masks=m.coarse,
+                    options=RefineOptions(return_quadtree=True, encode="crops"),
+                )
+                masks = out.masks.numpy()
+                iou.append(mask_iou(masks, m.truth))
+                boundary.append(boundary_iou(masks, m.truth))
+                assert out.details is not None
+                nodes += [len(level.roi) for level in out.details.quadtree]
+            figures = figures_from_scores(
+                self.before[name][0], np.concatenate(iou), self.before[name][1], np.concatenate(boundary)
+            )
+            record |= {
+                f"{name}_iou_gain": figures.iou_gain,
+                f"{name}_boundary_gain": figures.boundary_iou_gain,
+                f"{name}_worse": figures.share_worse,
+            }
+            record |= {f"{name}_nodes_{level}": n / figures.count for level, n in enumerate(nodes.tolist())}
+            scores.append(figures.iou_gain + figures.boundary_iou_gain - 0.2 * figures.share_worse)
+        record["score"] = float(np.mean(scores))
+        return record
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--decay", type=float, default=0.3)
+    parser.add_argument("--frozen-stages", type=int, default=5)
+    parser.add_argument("--validate-every", type=int, default=500)
+    parser.add_argument("--cross-entropy", type=float, default=0.5)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--init", type=Path, help="start from this refiner instead of ImageNet weights")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+
+    held_out = VALIDATION_LIST.read_text().split()
+    ecssd = CropSource(args.data / "ecssd", exclude=held_out)
+    sources = [
+        ecssd,
+        ecssd,
+        CropSource(args.data / "ccp"),
+        CropSource(args.data / "coco_train", weight=0.3, min_area=1000),
+    ]
+    dataset = CropDataset(sources, args.cache, side=112, box_margin=EMBEDDED.box_margin)
+    photos = [m for m in MatchedSet(args.data / "ecssd") if m.file_name in set(held_out)]
+    scenes = list(MatchedSet(args.data / "davis_dev", limit=60))
+    validation = Validation({"ecssd": photos[:60], "davis": scenes})
+
+    if args.init:
+        model = Refiner.from_pretrained(args.init).model
+    else:
+        model = RefinerModel(EMBEDDED)
+        assert model.image_encoder is not None
+        model.image_encoder.backbone.load_state_dict(imagenet_weights())
+    model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    config = TrainConfig(
+        steps=args.steps,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        decay=args.decay,
+        frozen_stages=args.frozen_stages,
+        validate_every=args.validate_every,
+        workers=args.workers,
+    )
+    loss_config = LossConfig(cross_entropy_weight=args.cross_entropy, nodes_per_level=(50, 150))
+    args.run.mkdir(parents=True, exist_ok=True)
+    (args.run / "run.json").write_text(describe(config, loss_config))
+    print(f"{len(dataset)} objects, {len(photos)} ECSSD and {len(scenes)} DAVIS photos held out", flush=True)
+    train(model, dataset, args.run, config, loss_config, validation)
+
+
+if __name__ == "__main__":
+    main()

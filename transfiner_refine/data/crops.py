@@ -1,0 +1,252 @@
+"""Training samples: one object in one fixed-size crop, at the scale that inference encodes it.
+
+Every random choice of a sample depends on (seed, epoch, index) alone, so a run resumes exactly, with any number of
+loader workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from transfiner_refine.config import ROOT_SIDE
+from transfiner_refine.data.augment import FILL, compose, photometric, warp, warp_crop
+from transfiner_refine.data.object_cache import CachedDetection, CachedObject, CropSource, ObjectCache
+from transfiner_refine.errors import InvalidInputError
+from transfiner_refine.functional.boxes import expand_boxes
+from transfiner_refine.functional.paste import crop_box_masks, crop_masks
+from transfiner_refine.training.coarse import SimulatedCoarse, simulate_coarse
+
+CROP_SIDE = 256
+"""Side of the crop in pixels."""
+
+SPAN = 216
+"""Length of a RoI's long side in the crop at inference."""
+
+SPAN_RANGE = (120, 236)
+MAX_ROTATION = np.deg2rad(12.0)
+MAX_STRETCH = 0.15
+
+
+class CropSample(NamedTuple):
+    """One object; the default collate function stacks each field.
+
+    Attributes:
+        image: ``(3, 256, 256)`` uint8 RGB; 127 outside of the image.
+        roi: ``(4,)`` float32 xyxy, crop pixels: the coarse box grown by the margin.
+        coarse: ``(side, side)`` float32 coarse mask probabilities, RoI frame; zero outside of the image.
+        target: ``(2·side, 2·side)`` bool ground truth, RoI frame; false outside of the image.
+        weight: ``()`` float32 weight of the object's losses.
+        index: ``()`` int64 index of the object in the dataset.
+    """
+
+    image: Tensor
+    roi: Tensor
+    coarse: Tensor
+    target: Tensor
+    weight: Tensor
+    index: Tensor
+
+
+def init_worker(worker_id: int) -> None:
+    """Keep OpenCV to one thread; the ``worker_init_fn`` of a ``DataLoader``, whose workers are the parallelism."""
+    cv2.setNumThreads(0)
+
+
+class _Work(NamedTuple):
+    """An object in the frame in which its coarse mask was made: the cut-out itself, part of it, or a rotation of it.
+
+    Attributes:
+        truth: ``(H, W)`` float32 coverage of the ground truth.
+        coarse: ``(H, W)`` float32 coarse mask, or ``(28, 28)`` float32 box-frame probabilities if ``soft``.
+        soft: Whether ``coarse`` is in the box frame.
+        box: ``(4,)`` float64 xyxy box of the coarse mask.
+        affine: ``(2, 3)`` continuous pixels of the cut-out to continuous pixels of this frame.
+    """
+
+    truth: np.ndarray
+    coarse: np.ndarray
+    soft: bool
+    box: np.ndarray
+    affine: np.ndarray
+
+
+class CropDataset(Dataset[CropSample]):
+    """Crops around the objects of one or more COCO-format datasets, with real and simulated coarse masks.
+
+    Args:
+        sources: The datasets.
+        cache_dir: Where decoded cut-outs are kept; filled at first use.
+        side: Cells per side of the coarse mask's RoI frame, the finest quadtree level's; the target has twice as many.
+        box_margin: Share of the box side added on each of its four sides to make the RoI.
+        augment: Whether place, scale, colours and boxes vary; otherwise the crop is the one of inference.
+        real_share: Share of samples with a real coarse mask; an object without one always gets a simulated one.
+        soft_share: Share of samples whose coarse mask is a soft 28×28 map in the box frame.
+        seed: Seed of every random choice.
+
+    Raises:
+        InvalidInputError: If there is no object in ``sources``, or one of them cannot be read.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[CropSource],
+        cache_dir: str | Path,
+        *,
+        side: int = 112,
+        box_margin: float = 0.125,
+        augment: bool = True,
+        real_share: float = 0.5,
+        soft_share: float = 0.15,
+        seed: int = 0,
+    ) -> None:
+        self._caches = [ObjectCache(source, Path(cache_dir)) for source in sources]
+        self._entries = [(cache, item) for cache in self._caches for item in cache.objects]
+        if not self._entries:
+            raise InvalidInputError(
+                f"expected at least one object, got none in {[str(s.directory) for s in sources]}: lower min_area, or "
+                "exclude fewer images"
+            )
+        self.side, self.box_margin, self.augment = side, box_margin, augment
+        self.real_share, self.soft_share, self.seed = real_share, soft_share, seed
+        # Shared memory: persistent loader workers see the epoch that the trainer sets.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the random choices of the next pass over the data."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, index: int) -> CropSample:
+        cache, item = self._entries[index]
+        rng = np.random.default_rng([self.seed, int(self._epoch), index])
+        work = self._coarse(cache, item, rng)
+        roi = expand_boxes(torch.from_numpy(work.box[None]), self.box_margin)[0].numpy()
+        placed = self._place(roi, rng)  # work frame to crop
+        image = self._image(cache.image(item), compose(placed, work.affine), rng)
+        coarse, target = self._roi_frame(work, roi)
+        corners = placed[:, :2] @ roi.reshape(2, 2).T + placed[:, 2:]  # (2, 2): x of both corners, then y
+        (x0, x1), (y0, y1) = np.sort(corners, axis=1)
+        if placed[0, 0] < 0:
+            coarse, target = coarse.flip(1), target.flip(1)
+        return CropSample(
+            image=torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
+            roi=torch.tensor([x0, y0, x1, y1], dtype=torch.float32),
+            coarse=coarse,
+            target=target,
+            weight=torch.tensor(cache.source.weight, dtype=torch.float32),
+            index=torch.tensor(index),
+        )
+
+    def _coarse(self, cache: ObjectCache, item: CachedObject, rng: np.random.Generator) -> _Work:
+        """Choose and make the object's coarse mask."""
+        real, soft = rng.random() < self.real_share, rng.random() < self.soft_share
+        if real and item.detections:
+            number = int(rng.integers(len(item.detections))) if self.augment else 0
+            return self._real(cache, item, item.detections[number], soft, rng)
+        truth, affine = self._truth(cache.coverage(item), item.box, rng)
+        made = simulate_coarse(truth >= 0.5, rng)
+        return self._simulated(truth, made, affine, soft, rng)
+
+    def _real(
+        self, cache: ObjectCache, item: CachedObject, found: CachedDetection, soft: bool, rng: np.random.Generator
+    ) -> _Work:
+        box = np.array(found.box)
+        soft = soft and found.soft_offset is not None
+        if soft and found.soft_offset is not None:
+            plane = cache.read(found.soft_offset, (ROOT_SIDE, ROOT_SIDE))
+        else:
+            plane = cache.read(found.offset, item.size)
+            box = self._jitter(box, rng)
+        scaled = [p.astype(np.float32) / 255 for p in (cache.coverage(item), plane)]
+        return _Work(scaled[0], scaled[1], soft, box, np.eye(2, 3))
+
+    def _simulated(
+        self, truth: np.ndarray, made: SimulatedCoarse, affine: np.ndarray, soft: bool, rng: np.random.Generator
+    ) -> _Work:
+        box = made.box.astype(float)
+        if soft:
+            return _Work(truth, made.soft, True, box, affine)
+        return _Work(truth, made.mask.astype(np.float32), False, self._jitter(box, rng), affine)
+
+    def _jitter(self, box: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Move each side a little: annotators and trackers hand boxes that differ from the mask's own."""
+        if not self.augment:
+            return box
+        return box + np.clip(rng.laplace(scale=0.012, size=4), -0.06, 0.06) * np.tile(box[2:] - box[:2], 2)
+
+    def _truth(
+        self, coverage: np.ndarray, box: tuple[float, ...], rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ground truth with context enough for leaks and generous boxes, sometimes rotated.
+
+        Returns:
+            ``(H, W)`` float32 coverage, and the ``(2, 3)`` map from the cut-out to it.
+        """
+        x0, y0, x1, y1 = box
+        centre, reach = np.array([x0 + x1, y0 + y1]) / 2, 0.5 * np.array([x1 - x0, y1 - y0])
+        angle = rng.uniform(-MAX_ROTATION, MAX_ROTATION) if self.augment and rng.random() < 0.3 else 0.0
+        cos, sin = np.cos(angle), np.sin(angle)
+        turn = np.array([[cos, -sin], [sin, cos]])
+        extent = (np.abs(turn) @ reach) * 1.5 + 4
+        if angle == 0.0:
+            # A plain cut keeps the image's border, where masks and boxes end.
+            low = np.maximum(np.floor(centre - extent), 0).astype(int)
+            high = np.minimum(np.ceil(centre + extent), coverage.shape[::-1]).astype(int)
+            affine = np.column_stack([np.eye(2), -low])
+            plane = coverage[low[1] : high[1], low[0] : high[0]]
+        else:
+            affine = np.column_stack([turn, extent - turn @ centre])
+            width, height = np.ceil(2 * extent).astype(int)
+            plane = warp(coverage, affine, (height, width), 0)
+        truth = plane.astype(np.float32) / 255
+        if not (truth >= 0.5).any():  # an object thinner than a pixel of its cut-out
+            truth = (truth >= truth.max()).astype(np.float32)
+        return truth, affine
+
+    def _place(self, roi: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Affine map from the work frame to the crop; the RoI's long side takes ``SPAN`` pixels at inference."""
+        size, centre = roi[2:] - roi[:2], (roi[:2] + roi[2:]) / 2
+        span, stretch, flip, shift = float(SPAN), np.ones(2), 1.0, np.zeros(2)
+        if self.augment:
+            span = rng.uniform(*SPAN_RANGE)
+            if rng.random() < 0.3:
+                ratio = np.exp(rng.uniform(-MAX_STRETCH, MAX_STRETCH) / 2)
+                stretch = np.array([ratio, 1 / ratio])
+            flip = rng.choice([-1.0, 1.0])
+        scale = stretch * span / float((size * stretch).max())
+        if self.augment:
+            # The RoI stays inside the crop but for a few pixels.
+            shift = rng.uniform(-1, 1, 2) * (CROP_SIDE - size * scale + 8) / 2
+        scale = scale * np.array([flip, 1.0])
+        return np.column_stack([np.diag(scale), CROP_SIDE / 2 + shift - scale * centre])
+
+    def _image(self, image: np.ndarray, affine: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Crop and, in training, change the colours; ``(256, 256, 3)`` uint8."""
+        crop = warp_crop(image, affine, CROP_SIDE)
+        if not self.augment:
+            return crop
+        crop = photometric(crop, rng)
+        inside = warp(np.ones(image.shape[:2], np.uint8), affine, (CROP_SIDE, CROP_SIDE), 0)
+        crop[inside == 0] = FILL  # outside of the image stays the encoder's zero
+        return crop
+
+    def _roi_frame(self, work: _Work, roi: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Coarse probabilities ``(side, side)`` float32 and target ``(2·side, 2·side)`` bool."""
+        rois = torch.from_numpy(roi[None]).float()
+        target = crop_masks(torch.from_numpy(work.truth)[None], rois, 2 * self.side)[0] >= 0.5
+        plane = torch.from_numpy(work.coarse)[None]
+        if work.soft:
+            coarse = crop_box_masks(plane, torch.from_numpy(work.box[None]).float(), rois, self.side)
+        else:
+            coarse = crop_masks(plane, rois, self.side)
+        return coarse[0], target

@@ -1,0 +1,126 @@
+"""The training objective (Mask Transfiner, Sec. 3.4, Eq. 2) and the module that computes it.
+
+R RoIs, K nodes of one level.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from transfiner_refine.functional.coarse import coarse_levels
+from transfiner_refine.functional.quadtree import rank_in_roi, take_nodes
+from transfiner_refine.modeling.model import RefinerModel
+from transfiner_refine.training.targets import Targets, make_targets
+from transfiner_refine.types import LevelNodes
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights and sampling of the objective.
+
+    Attributes:
+        refine_weight: Weight of the L1 loss of refined nodes (Eq. 2: 1).
+        incoherence_weight: Weight of the binary cross-entropy of the incoherence detector (Eq. 2: 0.5).
+        cross_entropy_weight: Weight of an added cross-entropy of refined nodes; the paper has none. L1 through a
+            sigmoid hardly moves a node that is wrong with confidence, which is what a binary coarse mask makes.
+        nodes_per_level: Range from which each step draws how many nodes of a RoI and level are refined; the paper
+            has always 100. A range shows the attention sequences of many lengths.
+        incoherence_threshold: Probability above which a predicted cell becomes a node, as in inference.
+    """
+
+    refine_weight: float = 1.0
+    incoherence_weight: float = 0.5
+    cross_entropy_weight: float = 0.0
+    nodes_per_level: tuple[int, int] = (100, 100)
+    incoherence_threshold: float = 0.5
+
+
+class RefinementLoss(nn.Module):
+    """The model with its objective: images, RoIs, coarse masks and ground truth in, losses out."""
+
+    def __init__(self, model: RefinerModel, config: LossConfig):
+        super().__init__()
+        self.model = model
+        self.config = config
+
+    def forward(self, image: Tensor, roi: Tensor, coarse: Tensor, truth: Tensor, weight: Tensor) -> dict[str, Tensor]:
+        """Losses of a batch of crops with one object each.
+
+        Args:
+            image: ``(R, 3, H, W)`` uint8 RGB.
+            roi: ``(R, 4)`` float32, xyxy, crop pixels.
+            coarse: ``(R, S, S)`` float32 coarse probabilities at the finest level, RoI frame.
+            truth: ``(R, 2S, 2S)`` bool, RoI frame.
+            weight: ``(R,)`` float32, weight of each object.
+
+        Returns:
+            ``loss_refine``, ``loss_incoherence`` (weighted scalars to be summed), and without gradient ``recall`` and
+            ``precision`` of the root detector, ``wrong_before`` and ``wrong_after``, the shares of refined nodes
+            with a wrong label.
+        """
+        assert self.model.image_encoder is not None
+        transfiner, depth = self.model.transfiner, self.model.config.depth
+        pixels = (image.float() / 255).contiguous(memory_format=torch.channels_last)
+        pyramid = self.model.image_encoder(pixels)
+        roi_pyramid = transfiner.roi_pyramid(pyramid, roi, torch.arange(roi.shape[0], device=roi.device))
+        levels = coarse_levels(coarse, depth)
+        targets = make_targets(truth, levels)
+        threshold = torch.logit(torch.tensor(self.config.incoherence_threshold))
+
+        def select(level: int, candidates: LevelNodes) -> Tensor:
+            # True nodes, so that every level is trained from the start, and those that inference would take.
+            wanted = targets.incoherent[level][candidates.roi, candidates.row, candidates.col]
+            return wanted | (candidates.logits.detach() > threshold)
+
+        detection = transfiner.incoherence_detector(roi_pyramid, levels, depth, select)
+        incoherence = self._incoherence(detection.candidates, targets, weight)
+
+        quota = int(torch.randint(self.config.nodes_per_level[0], self.config.nodes_per_level[1] + 1, ()))
+        sampled = [sample_nodes(nodes, quota) for nodes in detection.quadtree]
+        logits = transfiner.refine_nodes(roi_pyramid, levels, detection.guidance, sampled)
+        label = torch.cat([c[n.roi, n.row, n.col] for c, n in zip(targets.coverage, sampled, strict=True)])
+        before = torch.cat([c[n.roi, n.row, n.col] for c, n in zip(levels, sampled, strict=True)])
+        node_weight = weight[torch.cat([n.roi for n in sampled])]
+        after = torch.cat(logits)
+        total = node_weight.sum().clamp(min=1e-6)
+        refine = (node_weight * (torch.sigmoid(after) - label).abs()).sum() / total
+        losses = {"loss_refine": self.config.refine_weight * refine}
+        if self.config.cross_entropy_weight:
+            entropy = F.binary_cross_entropy_with_logits(after, label, reduction="none")
+            losses["loss_cross_entropy"] = self.config.cross_entropy_weight * (node_weight * entropy).sum() / total
+        losses["loss_incoherence"] = self.config.incoherence_weight * incoherence
+        with torch.no_grad():
+            found = detection.root_logits > threshold
+            wanted = targets.incoherent[0]
+            hits = (found & wanted).sum()
+            losses["recall"] = hits / wanted.sum().clamp(min=1)
+            losses["precision"] = hits / found.sum().clamp(min=1)
+            losses["wrong_before"] = ((before >= 0.5) != (label >= 0.5)).float().mean()
+            losses["wrong_after"] = ((after >= 0) != (label >= 0.5)).float().mean()
+        return losses
+
+    def _incoherence(self, candidates: Sequence[LevelNodes], targets: Targets, weight: Tensor) -> Tensor:
+        """Mean over levels of the cross-entropy over each level's candidates."""
+        losses = []
+        for level, cells in enumerate(candidates):
+            wanted = targets.incoherent[level][cells.roi, cells.row, cells.col].float()
+            entropy = F.binary_cross_entropy_with_logits(cells.logits, wanted, reduction="none")
+            cell_weight = weight[cells.roi]
+            losses.append((cell_weight * entropy).sum() / cell_weight.sum().clamp(min=1e-6))
+        return torch.stack(losses).mean()
+
+
+def sample_nodes(nodes: LevelNodes, quota: int) -> LevelNodes:
+    """Keep at most ``quota`` nodes of each RoI, chosen at random; parent links are not kept.
+
+    Args:
+        nodes: Nodes of one level.
+        quota: Nodes per RoI.
+    """
+    score = torch.rand(nodes.roi.shape, device=nodes.roi.device)
+    keep = (rank_in_roi(nodes.roi, score) < quota).nonzero()[:, 0]
+    kept = take_nodes(nodes, keep)
+    return replace(kept, parent=torch.full_like(kept.parent, -1))
