@@ -1,0 +1,284 @@
+"""The command line, ``transfiner-refine``.
+
+Each command reads and checks its files, loads a refiner, and writes what it made in whole files. An error that the
+package raises on purpose ends a command with one line and exit code 2.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import cv2
+import numpy as np
+import torch
+import typer
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+
+from transfiner_refine import visualize
+from transfiner_refine.config import RefineOptions
+from transfiner_refine.data.coco import (
+    Result,
+    boxes_of,
+    check_output,
+    decode_masks,
+    find_images,
+    group_by_image,
+    load_annotations,
+    load_image_index,
+    load_results,
+    write_atomic,
+    write_json_atomic,
+)
+from transfiner_refine.data.mask_image import read_mask
+from transfiner_refine.errors import InvalidInputError, TransfinerError
+from transfiner_refine.evaluation.boundary import boundary_iou, mask_iou
+from transfiner_refine.evaluation.matching import match_detections
+from transfiner_refine.inputs import as_image, boxes_from_masks
+from transfiner_refine.refiner import Refiner
+from transfiner_refine.types import Instances
+
+app = typer.Typer(
+    help="Turn the coarse masks of any instance segmentation into crisp ones.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+DEFAULTS = RefineOptions()
+ASSETS = Path(__file__).parent / "assets" / "demo"
+DEMO_PHOTO = "astronaut.jpg"
+REFINED = "refined.json"
+
+Model = Annotated[
+    str | None, typer.Option(help="Directory or Hugging Face Hub id of a refiner.", show_default="the embedded one")
+]
+Device = Annotated[str | None, typer.Option(help="Torch device.", show_default="cpu")]
+Depth = Annotated[int | None, typer.Option(help="Quadtree levels to refine.", show_default="the model's")]
+TokenBudget = Annotated[int, typer.Option(help="Tokens held at once; bounds memory.")]
+KeepIfIouBelow = Annotated[
+    float, typer.Option(help="Keep the coarse mask if its IoU with the refined one is lower; 0 never does.")
+]
+Encode = Annotated[
+    Literal["auto", "image", "crops"],
+    typer.Option(help="Encode the whole image once, a crop for each mask, or whichever is cheaper."),
+]
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        app()
+    except TransfinerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("outputs/demo"),
+    every: Annotated[bool, typer.Option("--all", help="All bundled photos, not only the first.")] = False,
+    model: Model = None,
+    device: Device = None,
+) -> None:
+    """Refine a bundled photo's masks, draw them, and compare them with an outline drawn by hand."""
+    check_output(output / REFINED)
+    refiner = _load(model, device)
+    table = Table("photo", "IoU", "boundary IoU", title="coarse -> refined, against outlines drawn by hand")
+    results = load_results(ASSETS / "detections.json")
+    outlines = load_annotations(ASSETS / "outlines.json")
+    names = load_image_index(ASSETS / "outlines.json")
+    if not every:
+        results = [entry for entry in results if names[entry["image_id"]] == DEMO_PHOTO]
+    outlined = group_by_image(outlines)
+    refined_results = list(results)
+    for image_id, positions in group_by_image(results).items():
+        photo = as_image(ASSETS / names[image_id])
+        coarse = _coarse(results, positions, photo)
+        refined = _refine(refiner, photo, coarse, RefineOptions(return_quadtree=True))
+        _write_pictures(output, Path(names[image_id]).stem, photo, coarse, refined)
+        _replace(refined_results, positions, refined)
+        if image_id in outlined:
+            truth = decode_masks(outlines, outlined[image_id], coarse.image_size)
+            table.add_row(names[image_id], *_scores(truth, coarse.masks, refined.masks))
+    write_json_atomic(output / REFINED, refined_results)
+    Console().print(table)
+    print(f"Pictures and {REFINED}: {output}")
+
+
+@app.command(context_settings={"allow_extra_args": True})
+def image(
+    context: typer.Context,
+    photo: Annotated[Path, typer.Argument(help="Image file.")],
+    output: Annotated[Path, typer.Option(help="Folder to write to.")],
+    predictions: Annotated[Path | None, typer.Option(help="COCO results of this photo.")] = None,
+    masks: Annotated[
+        list[Path] | None, typer.Option(help="Mask images, one object each: --masks a.png b.png c.png")
+    ] = None,
+    model: Model = None,
+    device: Device = None,
+    depth: Depth = None,
+    token_budget: TokenBudget = DEFAULTS.token_budget,
+    keep_if_iou_below: KeepIfIouBelow = DEFAULTS.keep_if_iou_below,
+    encode: Encode = DEFAULTS.encode,
+) -> None:
+    """Refine the masks of one photo, and draw them."""
+    # Options take one value each; what follows the first mask arrives as further arguments.
+    mask_files = [*(masks or []), *map(Path, context.args)]
+    if (predictions is None) == (not mask_files):
+        found = "neither" if predictions is None else f"both, with the masks {', '.join(map(str, mask_files))}"
+        raise InvalidInputError(f"expected either --predictions or --masks, got {found}")
+    options = RefineOptions(
+        depth=depth,
+        token_budget=token_budget,
+        keep_if_iou_below=keep_if_iou_below,
+        encode=encode,
+        return_quadtree=True,
+    )
+    check_output(output / REFINED)
+    pixels = as_image(photo)
+    if predictions is not None:
+        results = _results_of(photo, predictions)
+        coarse = _coarse(results, range(len(results)), pixels)
+    else:
+        results = [{"image_id": photo.stem} for _ in mask_files]
+        coarse = _instances(np.stack([read_mask(path, _size(pixels)) for path in mask_files]), results)
+    refined = _refine(_load(model, device), pixels, coarse, options)
+    if predictions is None:
+        results = refined.to_coco(photo.stem)
+        for number, mask in enumerate(refined.masks.numpy(force=True)):
+            write_atomic(output / f"mask_{number:03}.png", _png(mask.astype(np.uint8) * 255))
+    else:
+        _replace(results, range(len(results)), refined)
+    _write_pictures(output, photo.stem, pixels, coarse, refined)
+    write_json_atomic(output / REFINED, results)
+    print(f"{len(refined)} masks refined, {_kept(refined)} kept coarse: {output}")
+
+
+@app.command()
+def coco(
+    images: Annotated[Path, typer.Option(help="Folder of the images.")],
+    predictions: Annotated[Path, typer.Option(help="COCO results file to refine.")],
+    output: Annotated[Path, typer.Option(help="COCO results file to write.")],
+    annotations: Annotated[
+        Path | None,
+        typer.Option(help="COCO annotations that map image ids to file names.", show_default="ids are file names"),
+    ] = None,
+    model: Model = None,
+    device: Device = None,
+    depth: Depth = None,
+    token_budget: TokenBudget = DEFAULTS.token_budget,
+    keep_if_iou_below: KeepIfIouBelow = DEFAULTS.keep_if_iou_below,
+    encode: Encode = DEFAULTS.encode,
+) -> None:
+    """Refine every mask of a COCO results file; all else in it stays as it is."""
+    options = RefineOptions(depth=depth, token_budget=token_budget, keep_if_iou_below=keep_if_iou_below, encode=encode)
+    results = load_results(predictions)
+    groups = group_by_image(results)
+    paths = find_images(images, groups, None if annotations is None else load_image_index(annotations))
+    check_output(output)
+    refiner = _load(model, device)
+    kept = 0
+    with _progress() as progress:
+        for image_id, positions in progress.track(list(groups.items()), description="Refining"):
+            try:
+                photo = as_image(paths[image_id])
+                refined = _refine(refiner, photo, _coarse(results, positions, photo), options)
+            except InvalidInputError as error:
+                raise InvalidInputError(f"{predictions}, image_id {image_id!r}: {error}") from error
+            _replace(results, positions, refined)
+            kept += _kept(refined)
+    write_json_atomic(output, results)
+    print(f"{len(results)} masks of {len(groups)} images refined, {kept} kept coarse: {output}")
+
+
+def _load(model: str | None, device: str | None) -> Refiner:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # what torch raises for a device it does not know, or lacks
+        reason = str(error).splitlines()[0]
+        raise InvalidInputError(f"expected a device that torch has here, as cpu, got {device!r}: {reason}") from error
+    return Refiner.from_pretrained(model, device=device)
+
+
+def _refine(refiner: Refiner, photo: Tensor, coarse: Instances, options: RefineOptions) -> Instances:
+    return refiner.refine(photo, boxes=coarse.boxes, masks=coarse.masks, options=options).to("cpu")
+
+
+def _results_of(photo: Path, predictions: Path) -> list[Result]:
+    """Read the results of one photo: all, if they are of one image, or those whose image id is the photo's name."""
+    results = load_results(predictions)
+    groups = group_by_image(results)
+    if len(groups) < 2:
+        return results
+    names = {photo.stem} | ({int(photo.stem)} if photo.stem.isdecimal() else set())
+    chosen = [results[position] for image_id in groups if image_id in names for position in groups[image_id]]
+    if not chosen:
+        raise InvalidInputError(
+            f"expected results of one image in {predictions}, or some with the image_id {photo.stem!r} of the photo, "
+            f"got results of {len(groups)} images: use the coco command for all of them"
+        )
+    return chosen
+
+
+def _coarse(results: Sequence[Result], positions: Sequence[int], photo: Tensor) -> Instances:
+    """Decode some results of one photo."""
+    return _instances(decode_masks(results, positions, _size(photo)), [results[position] for position in positions])
+
+
+def _instances(masks: NDArray, entries: Sequence[Result]) -> Instances:
+    """Join masks ``(N, H, W)`` with the boxes of their entries."""
+    stack = torch.from_numpy(masks)
+    size = (stack.shape[1], stack.shape[2])
+    return Instances(boxes=boxes_of(entries, boxes_from_masks(stack)), masks=stack, image_size=size)
+
+
+def _replace(results: list[Result], positions: Sequence[int], refined: Instances) -> None:
+    """Put the refined masks into their results; every other field stays."""
+    for position, segmentation in zip(positions, refined.to_rle(), strict=True):
+        results[position] = {**results[position], "segmentation": segmentation}
+
+
+def _size(photo: Tensor) -> tuple[int, int]:
+    return photo.shape[1], photo.shape[2]
+
+
+def _kept(refined: Instances) -> int:
+    return 0 if refined.kept_coarse is None else int(refined.kept_coarse.sum())
+
+
+def _scores(truth: NDArray[np.bool_], coarse: Tensor, refined: Tensor) -> list[str]:
+    """Mean IoU and boundary IoU of the masks that match an outline, before and after."""
+    matches = match_detections(truth, coarse)
+    truth = truth[matches.truth]
+    return [
+        " -> ".join(f"{score(masks[matches.detection], truth).mean():.3f}" for masks in (coarse, refined))
+        for score in (mask_iou, boundary_iou)
+    ]
+
+
+def _write_pictures(output: Path, name: str, photo: Tensor, coarse: Instances, refined: Instances) -> None:
+    pixels = np.ascontiguousarray(photo.permute(1, 2, 0).numpy())
+    for kind, picture in (
+        ("before_after", visualize.before_after(pixels, coarse, refined)),
+        ("incoherence", visualize.draw_incoherence(pixels, refined)),
+        ("quadtree", visualize.draw_quadtree(pixels, refined)),
+    ):
+        write_atomic(output / f"{name}_{kind}.png", _png(picture[..., ::-1]))
+
+
+def _png(picture: NDArray[np.uint8]) -> bytes:
+    """Encode a grey or BGR picture."""
+    return cv2.imencode(".png", np.ascontiguousarray(picture))[1].tobytes()
+
+
+def _progress() -> Progress:
+    """A bar that leaves standard output to the results."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))

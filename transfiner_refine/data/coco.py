@@ -1,0 +1,304 @@
+"""COCO files in and out: results (what a detector predicted), annotations (which file an image id means).
+
+A results file is a JSON list with one entry for each instance: ``image_id``, ``segmentation``, and usually ``bbox``
+(xywh, image pixels), ``category_id`` and ``score``. Whatever else an entry holds is carried along.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from transfiner_refine.errors import InvalidInputError
+from transfiner_refine.functional import rle
+
+ImageId = int | str
+Result = dict[str, Any]
+"""One entry of a results file."""
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+
+NAMED_AT_MOST = 5
+"""Offenders that an error lists by name; the rest are counted."""
+
+
+def load_results(path: Path | str) -> list[Result]:
+    """Read a COCO results file and check every entry.
+
+    Args:
+        path: A JSON list of entries. The segmentations themselves are checked when they are decoded.
+
+    Returns:
+        The entries, in the order of the file.
+
+    Raises:
+        InvalidInputError: If the file cannot be read, is not JSON or not a list, or an entry lacks ``image_id`` or
+            ``segmentation`` or has a malformed ``bbox``; the message says which entry.
+    """
+    results = _load_json(path)
+    if isinstance(results, dict):
+        remedy = (
+            "that is an annotations file, which names images and not predictions"
+            if "images" in results
+            else "write the list alone"
+        )
+        raise InvalidInputError(
+            f"expected a list of COCO results in {path}, got an object with the keys {_named(list(results))}: {remedy}"
+        )
+    if not isinstance(results, list):
+        raise InvalidInputError(f"expected a list of COCO results in {path}, got {type(results).__name__}")
+    return _checked_entries(results, path)
+
+
+def load_annotations(path: Path | str) -> list[Result]:
+    """Read the ``annotations`` of a COCO annotations file, and check every entry as ``load_results`` does.
+
+    Raises:
+        InvalidInputError: If the file cannot be read, has no ``annotations``, or one of them is malformed.
+    """
+    return _checked_entries(_section(path, "annotations"), path)
+
+
+def load_image_index(path: Path | str) -> dict[ImageId, str]:
+    """Read which file each image id means, from the ``images`` of a COCO annotations file.
+
+    Args:
+        path: A JSON object with ``images``, each with ``id`` and ``file_name``.
+
+    Returns:
+        File names, relative to the folder of images, by image id.
+
+    Raises:
+        InvalidInputError: If the file cannot be read or is not of this form.
+    """
+    images = _section(path, "images")
+    for index, image in enumerate(images):
+        if not isinstance(image, dict) or not _is_id(image.get("id")) or not isinstance(image.get("file_name"), str):
+            raise InvalidInputError(
+                f'expected "id" and "file_name" in every one of "images" in {path}, got {str(image)[:80]} at {index}'
+            )
+    return {image["id"]: image["file_name"] for image in images}
+
+
+def group_by_image(results: Iterable[Result]) -> dict[ImageId, list[int]]:
+    """Collect the positions of each image's entries, images in the order of their first entry."""
+    groups: dict[ImageId, list[int]] = {}
+    for position, entry in enumerate(results):
+        groups.setdefault(entry["image_id"], []).append(position)
+    return groups
+
+
+def find_images(
+    folder: Path | str, image_ids: Iterable[ImageId], file_names: Mapping[ImageId, str] | None = None
+) -> dict[ImageId, Path]:
+    """Find the file of every image id.
+
+    Args:
+        folder: Where the images are.
+        image_ids: The ids to find.
+        file_names: File names by id, see ``load_image_index``. Without them an id is found by the name of the file
+            without its suffix: the same text, or for a number the same number, so that 139 finds ``000000000139.jpg``.
+
+    Returns:
+        An existing file for each id.
+
+    Raises:
+        InvalidInputError: If the folder is none, or an id is unknown, ambiguous, or its file is missing.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InvalidInputError(f"expected a folder of images, got {folder}: check the path")
+    image_ids = list(image_ids)
+    if file_names is None:
+        return _find_by_stem(folder, image_ids)
+    if unknown := [image_id for image_id in image_ids if image_id not in file_names]:
+        raise InvalidInputError(
+            f"expected every image_id of the predictions among the annotations' images, got {len(unknown)} unknown: "
+            f"{_named(unknown)}; give the annotations of the set that was predicted on"
+        )
+    paths = {image_id: folder / file_names[image_id] for image_id in image_ids}
+    if missing := [path.name for path in paths.values() if not path.is_file()]:
+        raise InvalidInputError(
+            f"expected the images of the predictions in {folder}, got {len(missing)} missing: {_named(missing)}"
+        )
+    return paths
+
+
+def decode_masks(results: Sequence[Result], positions: Sequence[int], size: tuple[int, int]) -> NDArray[np.bool_]:
+    """Decode the segmentations of one image's entries.
+
+    Args:
+        results: All entries of the file.
+        positions: N positions, all of one image.
+        size: ``(H, W)`` of the image.
+
+    Returns:
+        ``(N, H, W)`` bool, image frame.
+
+    Raises:
+        InvalidInputError: If a segmentation is broken or of another size; the message says which entry.
+    """
+    masks = np.empty((len(positions), *size), bool)
+    for mask, position in zip(masks, positions, strict=True):
+        try:
+            mask[:] = rle.decode(results[position]["segmentation"], size)
+        except InvalidInputError as error:
+            raise InvalidInputError(f"entry {position}: {error}") from None
+    return masks
+
+
+def boxes_of(entries: Sequence[Result], mask_boxes: Tensor) -> Tensor:
+    """Take the entries' boxes, and the box of the mask where an entry has none or one without area.
+
+    Where the mask is empty too, it is a square of one pixel: boxes need an area, and nothing is there to refine.
+
+    Args:
+        entries: N entries of one image.
+        mask_boxes: ``(N, 4)`` float xyxy, image pixels: the tight box of each mask, zeros for an empty one.
+
+    Returns:
+        ``(N, 4)`` float32 xyxy, image pixels.
+    """
+    given = [entry.get("bbox") or (0, 0, 0, 0) for entry in entries]
+    xywh = torch.tensor(given, dtype=torch.float32).reshape(-1, 4)
+    boxes = torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], dim=1)
+    # In float32 a sliver far from the origin can lose its area too.
+    has_area = (boxes[:, 2:] > boxes[:, :2]).all(dim=1, keepdim=True)
+    mask_boxes = torch.where(mask_boxes.any(dim=1, keepdim=True), mask_boxes, mask_boxes.new_tensor([0, 0, 1, 1]))
+    return torch.where(has_area, boxes, mask_boxes)
+
+
+def write_json_atomic(path: Path | str, value: Any) -> None:
+    """Write JSON whole or not at all, see ``write_atomic``."""
+    write_atomic(path, json.dumps(value).encode("utf-8"))
+
+
+def write_atomic(path: Path | str, content: bytes) -> None:
+    """Write a file whole or not at all.
+
+    The content goes to a temporary file beside ``path``, which then takes its name: a run that fails or is interrupted
+    leaves the old file as it was. Missing folders are made.
+
+    Raises:
+        InvalidInputError: If the place cannot be written to.
+    """
+    target = check_output(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        raise InvalidInputError(f"expected to write {path}, got: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_output(path: Path | str) -> Path:
+    """Make sure that a file can be written, before the work that it waits for; missing folders are made.
+
+    Returns:
+        The path with links resolved, so that a link is written through rather than replaced.
+
+    Raises:
+        InvalidInputError: If ``path`` is a folder or lies where nothing can be written.
+    """
+    target = Path(path).resolve()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidInputError(f"expected a folder for {path} that can be made, got: {error.strerror}") from error
+    if target.is_dir():
+        raise InvalidInputError(f"expected a file to write, got the folder {path}: add a file name")
+    if not os.access(target.parent, os.W_OK):
+        raise InvalidInputError(f"expected a folder that can be written to, got {target.parent}: check its permissions")
+    return target
+
+
+def _find_by_stem(folder: Path, image_ids: list[ImageId]) -> dict[ImageId, Path]:
+    files: dict[ImageId, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            keys: set[ImageId] = {path.stem} | ({int(path.stem)} if path.stem.isdecimal() else set())
+            for key in keys:
+                files.setdefault(key, []).append(path)
+    if unknown := [image_id for image_id in image_ids if image_id not in files]:
+        raise InvalidInputError(
+            f"expected an image in {folder} named after every image_id, as 139 is by 000000000139.jpg, "
+            f"got {len(unknown)} without: {_named(unknown)}; give the annotations that map ids to file names"
+        )
+    for image_id in image_ids:
+        if len(files[image_id]) > 1:
+            raise InvalidInputError(
+                f"expected one image in {folder} for image_id {image_id!r}, got "
+                f"{_named([path.name for path in files[image_id]])}; give the annotations that map ids to file names"
+            )
+    return {image_id: files[image_id][0] for image_id in image_ids}
+
+
+def _load_json(path: Path | str) -> Any:
+    try:
+        return json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise InvalidInputError(f"expected a JSON file, got {path}: {error.strerror}") from error
+    except ValueError as error:  # malformed JSON, or text that is no Unicode
+        raise InvalidInputError(f"expected a JSON file, got {path}, which is not JSON: {error}") from error
+
+
+def _section(path: Path | str, name: str) -> list[Any]:
+    """Read one list of an annotations file."""
+    document = _load_json(path)
+    section = document.get(name) if isinstance(document, dict) else None
+    if not isinstance(section, list):
+        found = f"an object with the keys {_named(list(document))}" if isinstance(document, dict) else "no object"
+        raise InvalidInputError(f'expected a COCO annotations file with a list "{name}" in {path}, got {found}')
+    return section
+
+
+def _checked_entries(entries: list[Any], path: Path | str) -> list[Result]:
+    for index, entry in enumerate(entries):
+        if fault := _fault(entry):
+            raise InvalidInputError(f"{path}, entry {index}: {fault}")
+    return entries
+
+
+def _fault(entry: Any) -> str | None:
+    """Say what is wrong with an entry."""
+    if not isinstance(entry, dict):
+        return f"expected an object, got {str(entry)[:60]}"
+    if missing := {"image_id", "segmentation"} - entry.keys():
+        return f'expected "image_id" and "segmentation", got no {" and no ".join(sorted(missing))}'
+    if not _is_id(entry["image_id"]):
+        return f"expected an image_id that is an integer or a string, got {entry['image_id']!r}"
+    box = entry.get("bbox")
+    if box is None:
+        return None
+    if (
+        not isinstance(box, list)
+        or len(box) != 4
+        or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in box)
+        or min(box[2:]) < 0
+    ):
+        return f"expected bbox as 4 finite numbers x, y, width, height, got {box}"
+    return None
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, (int, str)) and not isinstance(value, bool)
+
+
+def _named(values: Sequence[Any]) -> str:
+    """List the first few values."""
+    rest = len(values) - NAMED_AT_MOST
+    return ", ".join(repr(value) for value in values[:NAMED_AT_MOST]) + (f" and {rest} more" if rest > 0 else "")
