@@ -16,7 +16,7 @@ PYTEST_ARGS ?=
 COMMA := ,
 BIN := $(VENV)/bin
 CACHE := $(CURDIR)/.cache
-PYTEST := $(BIN)/python -m pytest --basetemp=$(CACHE)/tmp $(PYTEST_ARGS)
+PYTEST := $(BIN)/python -m pytest -o cache_dir=.cache/pytest --basetemp=.cache/tmp $(PYTEST_ARGS)
 
 export HF_HOME := $(CACHE)/huggingface
 export MPLCONFIGDIR := $(CACHE)/matplotlib
@@ -48,7 +48,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format
 
 clean:
-	rm -rf .venv .venv-* $(VENV) .cache build dist *.egg-info
+	rm -rf .venv .venv-* $(VENV) .cache .pytest_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # uv takes seconds where pip takes minutes, since it links the large wheels out of its cache instead of unpacking them
@@ -70,5 +70,5 @@ $(VENV)/.created:
 	v >= (3, 10) or sys.exit("Python 3.10 or newer is needed, $(PYTHON) is %d.%d: pass PYTHON=python3.12" % v)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv || echo "uv could not be installed: pip will do its work, slowly"
-	mkdir -p $(CACHE)
+	mkdir -p .cache
 	touch $@

@@ -3,8 +3,9 @@
     python benchmarks/scaling.py
 
 The scene is a sheet of 1200×800 pixels, 25 copies of the bundled photo of a cup, with a real detector's mask of each;
-where more instances are wanted than there are cups, each cup comes again, shifted by a few pixels. The image is encoded
-once beforehand and its features are passed in, so that the encoder is in no figure but its own.
+where more instances are wanted than there are cups, each cup comes again, shifted by a few pixels. For the times, the
+image is encoded once beforehand and its features are passed in, so that the encoder is in no figure but its own; for
+the memory, the whole call counts.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 from transfiner_refine import FeaturePyramid, Instances, RefineOptions, Refiner
 from transfiner_refine.errors import TransfinerError
 from transfiner_refine.functional.rle import decode
+from transfiner_refine.pipeline import working_memory
 
 WIDTH, HEIGHT = 1200, 800
 TILES = 5
@@ -132,7 +134,7 @@ class MemoryUse:
     Attributes:
         tokens: Most tokens, padding included, that the sequence encoder held at once.
         instances: Most instances refined in one group.
-        inputs: Masks, boxes and features passed in.
+        inputs: Masks, boxes and image passed in.
         outputs: All tensors of the result.
         working: Peak of the process over what it held before the call, less ``outputs``.
     """
@@ -149,8 +151,13 @@ def measure_memory(model: str | None, count: int, token_budget: int, threads: in
     torch.set_num_threads(threads)
     refiner = Refiner.from_pretrained(model)
     scene = make_scene(count)
-    features = encode(refiner, scene.image)
-    options = RefineOptions(token_budget=token_budget)
+    # Crops of each instance are what needs most memory; their number is bounded by the same budget.
+    options = RefineOptions(token_budget=token_budget, encode="crops")
+
+    def call(instances: int) -> Instances:
+        boxes, masks = scene.boxes[:instances], scene.masks[:instances]
+        return refiner.refine(scene.image, boxes=boxes, masks=masks, options=options)
+
     held = {"tokens": 0, "instances": 0}
 
     def watch(module: nn.Module, args: tuple[Tensor, Tensor, int], output: Tensor) -> None:
@@ -159,17 +166,17 @@ def measure_memory(model: str | None, count: int, token_budget: int, threads: in
         held["tokens"] = max(held["tokens"], sequences * longest)
         held["instances"] = max(held["instances"], sequences)
 
-    refine(refiner, scene, features, 2, options)  # libraries load on first use
+    call(2)  # libraries load on first use
     hook = refiner.model.transfiner.sequence_encoder.register_forward_hook(watch)
     before = reset_peak()
-    out = refine(refiner, scene, features, count, options)
+    out = call(count)
     peak = process_memory("VmHWM")
     hook.remove()
     tensors = [x for x in (out.boxes, out.masks, out.probs, out.rois, out.kept_coarse) if x is not None]
     outputs = size_of(*tensors)
     return MemoryUse(
         **held,
-        inputs=size_of(scene.boxes, scene.masks, *features.maps),
+        inputs=size_of(scene.boxes, scene.masks, scene.image),
         outputs=outputs,
         working=peak - before - outputs,
     )
@@ -221,16 +228,17 @@ def memory_table(model: str | None) -> Table:
     """Peak memory for each budget and number of instances."""
     table = Table(
         title=f"Memory of one call on {WIDTH}×{HEIGHT} pixels, MB",
-        caption="working: the peak, less what was held before and the outputs",
+        caption="working: the peak, less what was held before and the outputs; allowed: what the budget stands for",
     )
-    for heading in ("token budget", "instances", "most tokens", "at once", "inputs", "outputs", "working"):
+    for heading in ("token budget", "instances", "most tokens", "at once", "inputs", "outputs", "working", "allowed"):
         table.add_column(heading, justify="right")
     spawn = multiprocessing.get_context("spawn")
     for budget in BUDGETS:
         for count in COUNTS:
             with ProcessPoolExecutor(1, mp_context=spawn) as pool:
                 use = pool.submit(measure_memory, model, count, budget, torch.get_num_threads()).result()
-            megabytes = [f"{x / MEGABYTE:.0f}" for x in (use.inputs, use.outputs, use.working)]
+            sizes = (use.inputs, use.outputs, use.working, working_memory(budget))
+            megabytes = [f"{x / MEGABYTE:.0f}" for x in sizes]
             table.add_row(f"{budget:,}", str(count), f"{use.tokens:,}", str(use.instances), *megabytes)
     return table
 

@@ -141,7 +141,7 @@ def test_pasting_needs_no_more_pixels_at_once_than_agreed(monkeypatch: pytest.Mo
     masks = torch.zeros(3, 40, 60, dtype=torch.bool)
     paste(torch.ones(3, 28, 28), torch.tensor([[0.0, 0, 60, 40], [5, 5, 9, 9], [-5, 3, 40, 44]]), masks)
     assert sum(seen) == masks.sum() == 60 * 40 + 16 + 40 * 37
-    assert max(seen) <= 500
+    assert max(seen) <= 500 and len(seen) <= 12
 
 
 def test_crop_and_paste_mutate_nothing_else():
@@ -223,14 +223,14 @@ def natural_image() -> Tensor:
     generator, image = torch.Generator().manual_seed(0), torch.zeros(1, 3, 150, 201)
     for octave in range(6):
         noise = torch.rand((1, 3, 150 >> octave, 201 >> octave), generator=generator)
-        image += F.interpolate(noise, (150, 201), mode="bilinear") * 2**octave / 64
+        image += F.interpolate(noise, (150, 201), mode="bilinear") / 6
     image[:, :, 60:, 80:140] = 1 - image[:, :, 60:, 80:140]
     return image[0]
 
 
-@pytest.mark.parametrize(("shrink", "mean"), [(0.3, 0.0012), (1, 0.0025), (3, 0.0026), (7, 0.0043)])
+@pytest.mark.parametrize(("shrink", "mean"), [(0.3, 0.0076), (1, 0.0083), (3, 0.0076), (7, 0.0056)])
 def test_windows_are_averaged_when_they_shrink(shrink: float, mean: float):
-    """Measured: these mean errors from exact averages, in an image with a standard deviation of 0.135."""
+    """Measured: these mean errors from exact averages, in an image with a standard deviation of 0.092."""
     image, side = natural_image(), 20
     length = side * shrink
     windows = torch.tensor([[40.3, 33.8, 40.3 + length, 33.8 + length], [-7.0, 60.0, length - 7.0, 60.0 + length]])

@@ -105,8 +105,10 @@ class RefineOptions:
         depth: Quadtree levels to refine, at most the model's; None takes the model's own depth.
         incoherence_threshold: Probability above which a cell is an incoherent node; 1.0 and above refines nothing.
         mask_threshold: Probability from which a pixel belongs to the mask.
-        token_budget: Tokens held at once, which bounds memory: instances are refined in groups that fit. One instance
-            is never split, so its own tokens may exceed a very small budget; ``max_nodes`` bounds those.
+        token_budget: Tokens held at once, which bounds memory: instances are refined in groups that fit. With the
+            embedded model, a call holds less than 64 MB and 36 kB per token beyond its inputs and outputs
+            (``pipeline.working_memory``). One instance is never split, so its own tokens may exceed a very small
+            budget; ``max_nodes`` bounds those.
         max_nodes: Nodes kept per instance and level, the most incoherent first; None keeps all.
         keep_if_iou_below: A refined mask whose IoU with its coarse mask is below this is replaced by the coarse mask
             and flagged in ``kept_coarse``; 0 accepts every refinement.

@@ -38,6 +38,21 @@ MAX_ENLARGEMENT = 2.0
 TOKENS_PER_INSTANCE = 1024
 """Typical sequence of an instance; the instances of a group are the token budget over this."""
 
+BASE_BYTES, TOKEN_BYTES = 64_000_000, 36_000
+"""Bounds of the memory of a call with the embedded model in float32: at rest, and per token of the budget."""
+
+
+def working_memory(token_budget: int) -> int:
+    """Bytes that a call holds at most beyond its inputs and outputs, with the embedded model in float32.
+
+    ``benchmarks/scaling.py`` prints it beside what was measured. Not in it: an image that is encoded as a whole adds
+    about 0.5 kB per pixel, and a single instance with more tokens than the budget its own.
+
+    Args:
+        token_budget: :attr:`RefineOptions.token_budget <transfiner_refine.RefineOptions>`.
+    """
+    return BASE_BYTES + token_budget * TOKEN_BYTES
+
 
 @dataclass
 class Job:

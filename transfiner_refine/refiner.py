@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -114,7 +114,7 @@ class Refiner:
         *,
         boxes: Any = None,
         masks: Any = None,
-        mask_frame: str = "image",
+        mask_frame: Literal["image", "box"] = "image",
         features: FeaturePyramid | None = None,
         image_size: tuple[int, int] | None = None,
         labels: Any = None,

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from transfiner_refine.errors import InvalidInputError
@@ -88,12 +88,12 @@ def learning_rate_factor(step: int, config: TrainConfig) -> float:
     return min(1.0, (step + 1) / max(1, config.warmup), (config.steps - step) / fall)
 
 
-def warming_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
+def warming_average(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:
     """Exponential moving average that forgets its start: its memory grows with the steps, up to ``decay``."""
 
-    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+    def update(averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
         steps = int(count)
-        get_ema_multi_avg_fn(min(decay, (1 + steps) / (10 + steps)))(averaged, current, count)  # type: ignore[arg-type]
+        return torch.lerp(current, averaged, min(decay, (1 + steps) / (10 + steps)))
 
     return update
 
@@ -144,7 +144,7 @@ def train(
         model.image_encoder.backbone.freeze(config.frozen_stages)
     objective = RefinementLoss(model, loss_config)
     optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config.learning_rate, fused=True)
-    average = AveragedModel(model, multi_avg_fn=warming_average(config.ema))
+    average = AveragedModel(model, avg_fn=warming_average(config.ema))
     assert isinstance(dataset, Sized)
     sampler = EpochSampler(len(dataset), config.seed)
     loader = DataLoader(

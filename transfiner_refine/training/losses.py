@@ -98,8 +98,9 @@ class RefinementLoss(nn.Module):
             hits = (found & wanted).sum()
             losses["recall"] = hits / wanted.sum().clamp(min=1)
             losses["precision"] = hits / found.sum().clamp(min=1)
-            losses["wrong_before"] = ((before >= 0.5) != (label >= 0.5)).float().mean()
-            losses["wrong_after"] = ((after >= 0) != (label >= 0.5)).float().mean()
+            count = max(1, label.numel())
+            losses["wrong_before"] = ((before >= 0.5) != (label >= 0.5)).sum() / count
+            losses["wrong_after"] = ((after >= 0) != (label >= 0.5)).sum() / count
         return losses
 
     def _incoherence(self, candidates: Sequence[LevelNodes], targets: Targets, weight: Tensor) -> Tensor:
