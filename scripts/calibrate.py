@@ -22,8 +22,8 @@ from train_embedded import VALIDATION_LIST, Validation  # pyright: ignore[report
 from transfiner_refine import Refiner
 from transfiner_refine.training.calibration import calibrate_thresholds
 
-ROOT = (0.5, 0.6, 0.7)
-FINER = (0.5, 0.4, 0.3, 0.2)
+ROOT = (0.5, 0.6, 0.7, 0.8)
+FINER = (0.5, 0.4, 0.3)
 
 
 def main() -> None:

@@ -296,6 +296,7 @@ def test_sampling_is_roi_align_with_one_sample_per_bin(generator: torch.Generato
     maps, side = random_maps(generator), ROOT_SIDE << level
     roi_pyramid = sampling.RoIPyramid.of(FeaturePyramid(maps, STRIDES), ROIS, IMAGE)
     grid = roi_pyramid.grid(side, level)
+    assert sampling.RoIPyramid.of(roi_pyramid.table, ROIS, IMAGE).grid(side, level).equal(grid)  # flattened before
     rois = torch.cat([IMAGE[:, None], ROIS], dim=1).double()
     for roi, index in enumerate(roi_pyramid.map_index(level).tolist()):
         expected = roi_align(maps[index], rois[roi : roi + 1], side, 1 / STRIDES[index], sampling_ratio=1, aligned=True)

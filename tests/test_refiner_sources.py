@@ -86,6 +86,23 @@ class TestEncoding:
         torch.testing.assert_close(probs_of(out), probs_of(expected), rtol=0, atol=1e-4)
         assert (out.masks != coarse).any()
 
+    @pytest.mark.parametrize("circle", [(100.0, 80.0, 44.0), (106.0, 80.0, 50.0), (100.0, 80.0, 58.0)])
+    def test_the_embedded_model_finds_a_plain_outline_both_ways(self, circle: tuple[float, float, float]):
+        """A bright disc; the coarse mask is too small, beside it, or too large."""
+        refiner = Refiner.from_pretrained()
+        truth, coarse = discs(160, 200, [(100.0, 80.0, 50.0)]), discs(160, 200, [circle])
+        noise = random_image(160, 200) // 4
+        image = np.where(truth[0].numpy()[:, :, None], noise + np.uint8(150), noise + np.uint8(30))
+        of_image, of_crop = (
+            refiner.refine(image, masks=coarse, options=RefineOptions(encode=way)).masks for way in ("image", "crops")
+        )
+        assert iou(coarse, truth) < 0.87
+        assert min(iou(of_image, truth), iou(of_crop, truth), iou(of_image, of_crop)) > 0.92
+
+
+def iou(a: Tensor, b: Tensor) -> float:
+    return float((a & b).sum() / (a | b).sum())
+
 
 class TestBatches:
     @pytest.fixture

@@ -78,6 +78,19 @@ class TestVariants:
             ]
             assert torch.equal(*tokens) != sees
 
+    def test_fine_and_guidance_are_those_of_the_node_itself(self):
+        """Cell (5, 9) of the root of the second RoI, though the context is read with it."""
+        encoder = small_transfiner(node_cues=("fine", "context", "guidance")).node_encoder
+        read: list[Tensor] = []
+        encoder.fuse.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+        boxes = torch.tensor([[0.0, 0.0, 90.0, 90.0], [40.0, 60.0, 200.0, 180.0]])
+        roi_pyramid = RoIPyramid.of(random_pyramid(256, 256), boxes, torch.zeros(2, dtype=torch.long))
+        planes, roi = torch.randn(2, 16, 28, 28), torch.tensor([1])
+        centre = torch.tensor([[9.5, 5.5]]) / 28
+        encoder(roi_pyramid, planes, torch.zeros(1), roi, centre, 28, 0)
+        torch.testing.assert_close(read[0][:, :8], roi_pyramid.sample(roi, centre, 0))
+        torch.testing.assert_close(read[0][0, -16:], planes[1, :, 5, 9], rtol=0, atol=1e-4)
+
     @pytest.mark.parametrize(
         "change", [{"lower_level_guidance": False}, {"level_embedding": False}, {"decoder": "label"}]
     )
@@ -142,6 +155,9 @@ def test_gradient_reaches_every_parameter(change: dict):
     (loss + sum(p.sum() for p in out.node_probs)).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+    level = model.node_encoder.level
+    assert level is not None and level.weight.grad is not None
+    assert level.weight.grad.abs().sum(dim=1).gt(0).all()  # the reference grid's vector, and each level's
 
 
 def test_gradient_reaches_the_features():

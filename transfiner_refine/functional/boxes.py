@@ -37,7 +37,7 @@ def crop_windows(boxes: Tensor, span: float, side: int) -> Tensor:
 
 
 def touches_image(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """Whether each box shares any area with the image.
+    """Whether each box reaches into the image.
 
     Args:
         boxes: ``(N, 4)`` float, xyxy pixels.

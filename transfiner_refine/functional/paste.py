@@ -25,7 +25,8 @@ def crop_masks(masks: Tensor, rois: Tensor, side: int) -> Tensor:
 
     Args:
         masks: ``(N, H, W)`` bool, or float probabilities.
-        rois: ``(N, 4)`` float, xyxy pixels, image frame; may reach beyond the image, where the mask is zero.
+        rois: ``(N, 4)`` float, xyxy pixels, image frame; may reach beyond the image, where the mask is zero from half a
+            pixel on (RoIAlign's rule).
         side: Cells per side S.
 
     Returns:
@@ -53,7 +54,7 @@ def crop_box_masks(probs: Tensor, boxes: Tensor, rois: Tensor, side: int) -> Ten
         side: Cells per side S of the result.
 
     Returns:
-        ``(N, S, S)`` float32 probabilities, RoI frame; zero outside of the box.
+        ``(N, S, S)`` float32 probabilities, RoI frame; outside of the box they fall to zero within half a cell of ``probs``.
     """
     corner, size = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
     scale = probs.shape[-1] / size

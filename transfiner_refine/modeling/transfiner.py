@@ -134,7 +134,11 @@ class IncoherenceDetector(nn.Module):
 
 
 class NodeEncoder(nn.Module):
-    """Turns a node's cues into its token (Sec. 3.3): fine feature, coarse mask, 3×3 context, position."""
+    """Turns a node's cues into its token (Sec. 3.3): fine feature, coarse mask, 3×3 context, position.
+
+    The neighbourhood goes through a fully connected layer and a ReLU; then one layer fuses, in this order, the fine
+    feature, the context, the coarse probability and the guidance. The position is added to what comes out.
+    """
 
     def __init__(self, config: TransfinerConfig):
         super().__init__()

@@ -1,0 +1,30 @@
+"""Average the weights of refiners from one run, which serves photos of other kinds better than the last of them.
+
+    python scripts/average.py OUTPUT_DIR MODEL_DIR MODEL_DIR [MODEL_DIR ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from transfiner_refine import Refiner
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("output", type=Path)
+    parser.add_argument("models", type=Path, nargs="+")
+    args = parser.parse_args()
+    refiners = [Refiner.from_pretrained(path) for path in args.models]
+    states = [refiner.model.state_dict() for refiner in refiners]
+    mean = {name: torch.stack([state[name] for state in states]).mean(dim=0) for name in states[0]}
+    refiners[0].model.load_state_dict(mean, strict=True)
+    print(refiners[0].save_pretrained(args.output))
+
+
+if __name__ == "__main__":
+    main()
