@@ -262,8 +262,8 @@ class TestDemo:
     def test_one_photo(self, run: Run, tmp_path: Path, model_dir: Path):
         code, out, err = run("demo", "--output", tmp_path, "--model", model_dir)
         assert code == 0, err
-        assert "outlines drawn by hand" in out and "boundary IoU" in out and "0.908 -> " in out
-        pictures = {f"astronaut_{kind}.png" for kind in ("before_after", "incoherence", "quadtree")}
+        assert "hand-drawn outlines" in out and "boundary IoU" in out and "0.860 -> " in out
+        pictures = {f"coffee_{kind}.png" for kind in ("before_after", "incoherence", "quadtree")}
         assert set(os.listdir(tmp_path)) == {"refined.json", *pictures}
         (refined,) = json.loads((tmp_path / "refined.json").read_text())
         assert set(refined) == {"image_id", "category_id", "bbox", "score", "segmentation"}

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from transfiner_refine import visualize
 from transfiner_refine.config import RefineOptions
+from transfiner_refine.convert import convert
 from transfiner_refine.data.coco import (
     Result,
     boxes_of,
@@ -53,7 +54,7 @@ app = typer.Typer(
 
 DEFAULTS = RefineOptions()
 ASSETS = Path(__file__).parent / "assets" / "demo"
-DEMO_PHOTO = "astronaut.jpg"
+DEMO_PHOTO = "coffee.jpg"
 REFINED = "refined.json"
 
 Model = Annotated[
@@ -90,7 +91,7 @@ def demo(
     """Refine a bundled photo's masks, draw them, and compare them with an outline drawn by hand."""
     check_output(output / REFINED)
     refiner = _load(model, device)
-    table = Table("photo", "IoU", "boundary IoU", title="coarse -> refined, against outlines drawn by hand")
+    table = Table("photo", "IoU", "boundary IoU", title="coarse -> refined, against hand-drawn outlines")
     results = load_results(ASSETS / "detections.json")
     outlines = load_annotations(ASSETS / "outlines.json")
     names = load_image_index(ASSETS / "outlines.json")
@@ -196,6 +197,9 @@ def coco(
             kept += _kept(refined)
     write_json_atomic(output, results)
     print(f"{len(results)} masks of {len(groups)} images refined, {kept} kept coarse: {output}")
+
+
+app.command()(convert)
 
 
 def _load(model: str | None, device: str | None) -> Refiner:

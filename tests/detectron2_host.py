@@ -1,0 +1,68 @@
+"""Detectron2 for tests that compare with it: imported where it is installed, or from an unpacked source tree.
+
+Its C++ extension is not needed for Mask R-CNN. A tree of release 0.6 predates the Pillow and numpy of today; what it
+misses is put back before the import.
+"""
+
+import importlib.util
+import os
+import sys
+import types
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+def import_detectron2() -> Any:
+    """The package ``detectron2``; skips the test without it."""
+    tree = os.environ.get("TRANSFINER_DETECTRON2")
+    if tree and tree not in sys.path:
+        sys.path.append(tree)
+    try:
+        if importlib.util.find_spec("detectron2") is None:
+            pytest.skip(
+                "no detectron2: install it, or set TRANSFINER_DETECTRON2 to the folder of an unpacked source tree "
+                "(and install fvcore, iopath, omegaconf, hydra-core, yacs, termcolor, tabulate, cloudpickle)"
+            )
+        _put_back_what_it_misses()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module("detectron2")
+    except ModuleNotFoundError as error:
+        pytest.skip(f"detectron2 lacks {error.name}: install fvcore, iopath, omegaconf, hydra-core, yacs and the like")
+
+
+def _put_back_what_it_misses() -> None:
+    sys.modules.setdefault("detectron2._C", types.ModuleType("detectron2._C"))
+    if not hasattr(Image, "LINEAR"):
+        Image.LINEAR = Image.Resampling.BILINEAR  # type: ignore[attr-defined]
+    for name, kind in {"bool": bool, "int": int, "float": float, "object": object}.items():
+        if name not in np.__dict__:
+            setattr(np, name, kind)
+
+
+def mask_rcnn(*, min_size: int, score_threshold: float, limit: int) -> Any:
+    """Stock Mask R-CNN R50 FPN with random weights, on the CPU."""
+    config = importlib.import_module("detectron2.config").get_cfg()
+    config.merge_from_list(
+        [
+            *("MODEL.DEVICE", "cpu", "MODEL.MASK_ON", True, "MODEL.WEIGHTS", ""),
+            *("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"),
+            *("MODEL.RESNETS.OUT_FEATURES", ["res2", "res3", "res4", "res5"]),
+            *("MODEL.FPN.IN_FEATURES", ["res2", "res3", "res4", "res5"]),
+            *("MODEL.ANCHOR_GENERATOR.SIZES", [[32], [64], [128], [256], [512]]),
+            *("MODEL.RPN.IN_FEATURES", ["p2", "p3", "p4", "p5", "p6"]),
+            *("MODEL.RPN.PRE_NMS_TOPK_TEST", 1000),
+            *("MODEL.ROI_HEADS.NAME", "StandardROIHeads", "MODEL.ROI_HEADS.IN_FEATURES", ["p2", "p3", "p4", "p5"]),
+            *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", score_threshold),
+            *("MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead", "MODEL.ROI_BOX_HEAD.NUM_FC", 2),
+            *("MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", 7),
+            *("MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead", "MODEL.ROI_MASK_HEAD.NUM_CONV", 4),
+            *("MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", 14),
+            *("TEST.DETECTIONS_PER_IMAGE", limit, "INPUT.MIN_SIZE_TEST", min_size),
+        ]
+    )
+    return importlib.import_module("detectron2.modeling").build_model(config).eval()
