@@ -173,11 +173,13 @@ class TestInstances:
     ):
         expected = refine_features(on_features, masks)
         boxes = boxes_from_masks(masks)
-        empty, outside = torch.zeros(1, H, W, dtype=torch.bool), torch.tensor([[-30.0, -40.0, 0.0, 0.0]])
-        mixed = torch.cat([empty, masks[:2], masks[:1], masks[2:]])  # empty, 0, 1, mask 0 with a box outside, 2
+        empty, full = torch.zeros(1, H, W, dtype=torch.bool), torch.ones(1, H, W, dtype=torch.bool)
+        outside = torch.tensor([[-40.0, -40.0, 0.0, 0.0]])  # but for its margin
+        mixed = torch.cat([empty, masks[:2], full, masks[2:]])
         mixed_boxes = torch.cat([torch.tensor([[3.0, 4.0, 50.0, 60.0]]), boxes[:2], outside, boxes[2:]])
         out = refine_features(on_features, mixed, boxes=mixed_boxes)
         assert torch.equal(out.masks[[0, 3]], mixed[[0, 3]])
+        assert out.probs is not None and not out.probs[[0, 3]].any()
         assert_same(out[[1, 2, 4]], expected)
         assert out.kept_coarse is not None and not out.kept_coarse.any()
 

@@ -96,8 +96,10 @@ class TestEncoding:
         of_image, of_crop = (
             refiner.refine(image, masks=coarse, options=RefineOptions(encode=way)).masks for way in ("image", "crops")
         )
-        assert iou(coarse, truth) < 0.87
-        assert min(iou(of_image, truth), iou(of_crop, truth), iou(of_image, of_crop)) > 0.92
+        before = iou(coarse, truth)
+        assert before < 0.87
+        assert min(iou(of_image, truth), iou(of_crop, truth)) > (1 + before) / 2  # over half of what was missing
+        assert iou(of_image, of_crop) > 0.92
 
 
 def iou(a: Tensor, b: Tensor) -> float:
