@@ -1,6 +1,6 @@
-"""Average the weights of refiners from one run, which serves photos of other kinds better than the last of them.
+"""Average the weights of refiners from one run, for photos of other kinds than those it was trained on.
 
-    python scripts/average.py OUTPUT_DIR MODEL_DIR MODEL_DIR [MODEL_DIR ...]
+python scripts/average.py OUTPUT_DIR MODEL_DIR MODEL_DIR [MODEL_DIR ...]
 """
 
 from __future__ import annotations

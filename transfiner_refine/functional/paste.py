@@ -54,7 +54,8 @@ def crop_box_masks(probs: Tensor, boxes: Tensor, rois: Tensor, side: int) -> Ten
         side: Cells per side S of the result.
 
     Returns:
-        ``(N, S, S)`` float32 probabilities, RoI frame; outside of the box they fall to zero within half a cell of ``probs``.
+        ``(N, S, S)`` float32 probabilities, RoI frame; beyond the box they fall to zero within half a cell of
+        ``probs``.
     """
     corner, size = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
     scale = probs.shape[-1] / size
