@@ -8,10 +8,13 @@ import torch.nn.functional as F
 from small_models import random_image
 from torch import Tensor
 
+from transfiner_refine.config import TransfinerConfig
+from transfiner_refine.errors import InvalidInputError
 from transfiner_refine.functional.boxes import crop_windows
 from transfiner_refine.functional.crops import crop_image
 from transfiner_refine.functional.sampling import RoIPyramid
 from transfiner_refine.modeling.image_encoder import ImageEncoder
+from transfiner_refine.modeling.model import RefinerModel
 from transfiner_refine.types import FeaturePyramid
 
 CHANNELS = 6
@@ -33,6 +36,11 @@ def photo(height: int, width: int) -> Tensor:
 def encode(encoder: ImageEncoder, images: Tensor) -> FeaturePyramid:
     with torch.no_grad():
         return encoder(images)
+
+
+def test_a_model_with_other_strides_is_refused():
+    with pytest.raises(InvalidInputError, match=r"expected strides \(2, 4, 8, 16, 32\).*got \(4, 8, 16, 32\)"):
+        RefinerModel(TransfinerConfig(feature_source="image_encoder", strides=(4, 8, 16, 32)))
 
 
 @pytest.mark.parametrize("size", [(64, 96), (65, 97), (33, 1), (1, 1), (50, 127)])

@@ -134,8 +134,11 @@ def load_model(directory: Path) -> RefinerModel:
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} is damaged ({error}): download or save the model again") from error
     # Built without storage: every parameter comes from the file, so none is initialised for nothing.
-    with torch.device("meta"):
-        model = RefinerModel(config)
+    try:
+        with torch.device("meta"):
+            model = RefinerModel(config)
+    except InvalidInputError as error:
+        raise WeightsError(f"{directory / CONFIG}: {error}") from error
     expected = {name: value.shape for name, value in model.state_dict().items()}
     found = {name: value.shape for name, value in weights.items()}
     if expected != found:

@@ -3,6 +3,8 @@
 from torch import nn
 
 from transfiner_refine.config import TransfinerConfig
+from transfiner_refine.errors import InvalidInputError
+from transfiner_refine.modeling.efficientnet_lite import EfficientNetLite0
 from transfiner_refine.modeling.image_encoder import ImageEncoder
 from transfiner_refine.modeling.transfiner import MaskTransfiner
 
@@ -16,10 +18,17 @@ class RefinerModel(nn.Module):
         config: The architecture.
         image_encoder: None when a detector makes the features.
         transfiner: The paper's network.
+
+    Raises:
+        InvalidInputError: If the configuration asks for the image encoder with strides that it does not have.
     """
 
     def __init__(self, config: TransfinerConfig):
         super().__init__()
+        if config.feature_source == IMAGE_ENCODER and config.strides != EfficientNetLite0.strides:
+            raise InvalidInputError(
+                f"expected strides {EfficientNetLite0.strides}, those of the image encoder, got {config.strides}"
+            )
         self.config = config
         self.image_encoder = ImageEncoder(config.feature_channels) if config.feature_source == IMAGE_ENCODER else None
         self.transfiner = MaskTransfiner(config)
