@@ -2,7 +2,7 @@
 
     python scripts/calibrate.py RUN_DIR/best OUTPUT_DIR [--data DIR]
 
-Chosen on the held-out ECSSD photos and on Penn-Fudan; the DAVIS scenes play no part, so that their figures stay clean.
+Chosen on the held-out ECSSD photos and on Penn-Fudan; the DAVIS scenes play no part here.
 """
 
 from __future__ import annotations
