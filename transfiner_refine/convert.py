@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from transfiner_refine.modeling.released_files import CONFIG, DETECTRON2, RECORD, WEIGHTS, convert_checkpoint
+from transfiner_refine.modeling.files import CONFIG, WEIGHTS
+from transfiner_refine.modeling.released_files import DETECTRON2, RECORD, convert_checkpoint
 
 
 def convert(

@@ -48,18 +48,21 @@ def child_nodes(nodes: LevelNodes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return nodes.roi[parent], row, col, parent
 
 
-def rank_in_roi(roi: Tensor, score: Tensor) -> Tensor:
+def rank_in_roi(roi: Tensor, score: Tensor | None = None) -> Tensor:
     """Rank of each node among the nodes of its RoI, the highest score first.
 
     Args:
         roi: ``(K,)`` int64.
-        score: ``(K,)`` float; ties keep their order.
+        score: ``(K,)`` float; ties keep their order. None ranks the nodes in the order in which they come.
 
     Returns:
         ``(K,)`` int64, 0 for the highest score of each RoI.
     """
-    order = torch.argsort(score, descending=True, stable=True)
-    order = order[torch.argsort(roi[order], stable=True)]
+    if score is None:
+        order = torch.argsort(roi, stable=True)
+    else:
+        order = torch.argsort(score, descending=True, stable=True)
+        order = order[torch.argsort(roi[order], stable=True)]
     counts = torch.bincount(roi) if roi.numel() else roi
     start = counts.cumsum(0) - counts
     rank = torch.empty_like(roi)

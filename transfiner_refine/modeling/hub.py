@@ -21,15 +21,14 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 
 from transfiner_refine.config import TransfinerConfig
 from transfiner_refine.errors import InvalidInputError, WeightsError
+from transfiner_refine.modeling.files import CONFIG, WEIGHTS, read_config, write_weights
 from transfiner_refine.modeling.model import RefinerModel
 
 EMBEDDED = Path(__file__).parent.parent / "pretrained"
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
 CARD = "README.md"
 
 
@@ -103,12 +102,7 @@ def load_config(directory: Path) -> TransfinerConfig:
         WeightsError: If the file is missing, is not JSON, or holds unknown or impossible fields.
     """
     path = directory / CONFIG
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise WeightsError(f"expected {CONFIG} and {WEIGHTS} in {directory}, {CONFIG} is missing") from error
-    except (ValueError, OSError) as error:
-        raise WeightsError(f"expected JSON in {path}: {error}; download or save the model again") from error
+    values = read_config(directory, "download or save the model again")
     known = {f.name for f in fields(TransfinerConfig)}
     if not isinstance(values, dict) or set(values) - known:
         got = sorted(set(values) - known) if isinstance(values, dict) else type(values).__name__
@@ -166,8 +160,7 @@ def save_model(model: RefinerModel, directory: Path, dtype: torch.dtype = torch.
     weights = {name: value.detach().to("cpu", dtype).contiguous() for name, value in model.state_dict().items()}
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         temporary = Path(scratch)
-        # safetensors' own save_file makes files that only their owner can read.
-        (temporary / WEIGHTS).write_bytes(save(weights, metadata={"format": "pt"}))
+        write_weights(temporary / WEIGHTS, weights)
         (temporary / CONFIG).write_text(json.dumps(asdict(model.config), indent=2) + "\n", encoding="utf-8")
         if not (directory / CARD).exists():  # one that is there may have been written by hand
             (temporary / CARD).write_text(model_card(model.config), encoding="utf-8")

@@ -18,15 +18,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from transfiner_refine.errors import InvalidInputError, WeightsError
+from transfiner_refine.modeling.files import CONFIG, WEIGHTS, read_config, write_weights
 from transfiner_refine.modeling.released_detector import PIXEL_MEANS, ReleasedNetwork, cell_anchors
 from transfiner_refine.modeling.released_layout import MASK_HEAD, MODEL_NAMES, KeyReport, ReleasedConfig, translate
 
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
 RECORD = "conversion.json"
 DETECTRON2 = "detectron2_mask_rcnn.pth"
 
@@ -132,7 +131,7 @@ def convert_checkpoint(
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
         folder = Path(scratch) / "model"
         folder.mkdir()
-        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+        write_weights(folder / WEIGHTS, weights)
         if detectron2:
             plain = {key: original[key] for key in report.used if not _is_mask_key(key) or _is_coarse_key(key)}
             torch.save({"model": plain}, folder / DETECTRON2)
@@ -193,12 +192,7 @@ def file_identity(path: Path) -> dict[str, Any]:
 
 def _load_config(directory: Path) -> ReleasedConfig:
     path = directory / CONFIG
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise WeightsError(f"expected {CONFIG} and {WEIGHTS} in {directory}, {CONFIG} is missing") from error
-    except (ValueError, OSError) as error:
-        raise WeightsError(f"expected JSON in {path}: {error}; convert or download the model again") from error
+    values = read_config(directory, "convert or download the model again")
     known = {field.name for field in fields(ReleasedConfig)}
     if not isinstance(values, dict) or "model_type" not in values or set(values) - known:
         raise WeightsError(

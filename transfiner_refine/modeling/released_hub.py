@@ -14,8 +14,9 @@ from huggingface_hub import cached_assets_path, hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from transfiner_refine.errors import WeightsError
+from transfiner_refine.modeling.files import CONFIG
 from transfiner_refine.modeling.hub import find_model
-from transfiner_refine.modeling.released_files import CONFIG, convert_checkpoint, file_identity
+from transfiner_refine.modeling.released_files import convert_checkpoint, file_identity
 
 SPACE = "lkeab/transfiner"
 PREFIX = "released/"

@@ -257,10 +257,7 @@ class SequenceEncoder(nn.Module):
         if tokens.shape[0] == 0:
             return tokens
         lengths = torch.bincount(sequence, minlength=count)
-        order = torch.argsort(sequence, stable=True)
-        start = lengths.cumsum(0) - lengths
-        slot = torch.empty_like(sequence)
-        slot[order] = torch.arange(sequence.shape[0], device=tokens.device) - start[sequence[order]]
+        slot = rank_in_roi(sequence)
         longest = int(lengths.max())
         padded = tokens.new_zeros((count, longest, tokens.shape[1])).index_put((sequence, slot), tokens)
         mask = None
