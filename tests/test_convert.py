@@ -15,7 +15,7 @@ from released_cases import TRAINING_ONLY, constants, flat_checkpoint, original_s
 from torch import Tensor
 
 from transfiner_refine import InvalidInputError, WeightsError
-from transfiner_refine.convert import convert
+from transfiner_refine.commands.convert import convert
 from transfiner_refine.modeling.released import ReleasedConfig, ReleasedMaskTransfiner
 from transfiner_refine.modeling.released_files import convert_checkpoint, read_checkpoint
 from transfiner_refine.modeling.released_hub import SOURCES

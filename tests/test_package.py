@@ -32,8 +32,8 @@ MAY_IMPORT = {
     "evaluation": STACK | ON_THE_STACK,
     # A model in training is validated by the inference that its users will run.
     "training": STACK | ON_THE_STACK | {"refiner"},
-    "convert": STACK,
-    "cli": STACK | ON_THE_STACK | {"refiner", "visualize", "convert"},
+    "commands": STACK | ON_THE_STACK | {"refiner", "visualize"},
+    "cli": STACK | ON_THE_STACK | {"refiner", "visualize", "commands"},
 }
 """Part of the package: the other parts that it may import."""
 

@@ -22,8 +22,8 @@ from rich.table import Table
 from torch import Tensor
 
 from transfiner_refine import visualize
+from transfiner_refine.commands.convert import convert
 from transfiner_refine.config import RefineOptions
-from transfiner_refine.convert import convert
 from transfiner_refine.data.coco import (
     Result,
     boxes_of,

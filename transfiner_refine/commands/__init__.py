@@ -1,0 +1,1 @@
+"""The commands that bring more than options with them, one module each; :mod:`transfiner_refine.cli` lists them."""
