@@ -1,4 +1,4 @@
-"""Choose the thresholds of a trained refiner's incoherence detector on held-out photos, and write it calibrated.
+"""Calibrate a trained refiner on held-out photos: the incoherence detector's thresholds, and the expected gain.
 
     python scripts/calibrate.py RUN_DIR/best OUTPUT_DIR [--data DIR]
 
@@ -12,18 +12,39 @@ import itertools
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from dataset import DATA, MatchedSet  # pyright: ignore[reportMissingImports]
+from dataset import DATA, MatchedImage, MatchedSet  # pyright: ignore[reportMissingImports]
 from train_embedded import VALIDATION_LIST, Validation  # pyright: ignore[reportMissingImports]
 
-from transfiner_refine import Refiner
-from transfiner_refine.training.calibration import calibrate_thresholds
+from transfiner_refine import RefineOptions, Refiner
+from transfiner_refine.evaluation import boundary_iou
+from transfiner_refine.training.calibration import calibrate_thresholds, fit_gain, with_gain_predictor
 
 ROOT = (0.5, 0.6, 0.7, 0.8)
 FINER = (0.5, 0.4, 0.3)
+
+
+def predicting(refiner: Refiner, samples: list[MatchedImage]) -> Refiner:
+    """The same refiner with a gain predictor fitted on the real detections of some photos, in both mask frames."""
+    model = with_gain_predictor(refiner.model)
+    refiner, accept = Refiner(model), RefineOptions(keep_if_iou_below=0.0, keep_if_gain_below=-1.0)
+    statistics: list[torch.Tensor] = []
+    assert model.gain_predictor is not None
+    hook = model.gain_predictor.register_forward_pre_hook(lambda _, given: statistics.append(given[0]))
+    gains = []
+    for sample in samples:
+        before = boundary_iou(sample.coarse, sample.truth)
+        for frame in ("image", "box"):
+            masks = sample.coarse if frame == "image" else sample.box_probs
+            out = refiner.refine(sample.image, boxes=sample.boxes, masks=masks, mask_frame=frame, options=accept)
+            gains.append(boundary_iou(np.asarray(out.masks), sample.truth) - before)
+    hook.remove()
+    fit_gain(model, torch.cat(statistics), torch.from_numpy(np.concatenate(gains)))
+    return refiner
 
 
 def main() -> None:
@@ -49,7 +70,8 @@ def main() -> None:
         scores[thresholds] = record["score"]
         print(thresholds, {name: round(value, 4) for name, value in record.items()}, flush=True)
     best = max(scores, key=lambda thresholds: scores[thresholds])
-    print(f"{best} of {scores}: {calibrated(*best).save_pretrained(args.output)}")
+    refiner = predicting(calibrated(*best), photos + list(MatchedSet(args.data / "pennfudan", limit=85)))
+    print(f"{best} of {scores}: {refiner.save_pretrained(args.output)}")
 
 
 if __name__ == "__main__":

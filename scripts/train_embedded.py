@@ -20,13 +20,15 @@ from dataset import DATA, MatchedImage, MatchedSet  # pyright: ignore[reportMiss
 from fetch_backbone import imagenet_weights  # pyright: ignore[reportMissingImports]
 
 from transfiner_refine import RefineOptions, Refiner, TransfinerConfig
+from transfiner_refine.data.composite import CompositeShares, load_stamps
 from transfiner_refine.data.crops import CropDataset
 from transfiner_refine.data.object_cache import CropSource
 from transfiner_refine.evaluation.boundary import boundary_iou, mask_iou
 from transfiner_refine.evaluation.report import figures_from_scores
 from transfiner_refine.modeling.model import RefinerModel
-from transfiner_refine.training.loop import TrainConfig, describe, train
+from transfiner_refine.training.loop import train
 from transfiner_refine.training.losses import LossConfig
+from transfiner_refine.training.schedule import TrainConfig
 
 VALIDATION_LIST = Path(__file__).resolve().parents[1] / "benchmarks" / "ecssd_validation.txt"
 
@@ -103,6 +105,9 @@ def main() -> None:
     parser.add_argument("--cross-entropy", type=float, default=0.5)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--stamps", type=Path, help="folder of cut-outs with alpha for the composites")
+    parser.add_argument("--real-share", type=float, default=0.45)
+    parser.add_argument("--backbone-scale", type=float, default=0.1)
     parser.add_argument("--init", type=Path, help="start from this refiner instead of ImageNet weights")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -116,7 +121,15 @@ def main() -> None:
         CropSource(args.data / "ccp"),
         CropSource(args.data / "coco_train", weight=0.3, min_area=1000),
     ]
-    dataset = CropDataset(sources, args.cache, side=112, box_margin=EMBEDDED.box_margin)
+    dataset = CropDataset(
+        sources,
+        args.cache,
+        side=112,
+        box_margin=EMBEDDED.box_margin,
+        real_share=args.real_share,
+        shares=CompositeShares(),
+        stamps=load_stamps(args.stamps) if args.stamps else (),
+    )
     photos = [m for m in MatchedSet(args.data / "ecssd") if m.file_name in set(held_out)]
     scenes = list(MatchedSet(args.data / "davis_dev", limit=60))
     validation = Validation({"ecssd": photos[:60], "davis": scenes})
@@ -133,13 +146,12 @@ def main() -> None:
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
         decay=args.decay,
+        backbone_scale=args.backbone_scale,
         frozen_stages=args.frozen_stages,
         validate_every=args.validate_every,
         workers=args.workers,
     )
     loss_config = LossConfig(cross_entropy_weight=args.cross_entropy, nodes_per_level=(50, 150))
-    args.run.mkdir(parents=True, exist_ok=True)
-    (args.run / "run.json").write_text(describe(config, loss_config))
     print(f"{len(dataset)} objects, {len(photos)} ECSSD and {len(scenes)} DAVIS photos held out", flush=True)
     train(model, dataset, args.run, config, loss_config, validation)
 

@@ -42,6 +42,10 @@ class TransfinerConfig:
         lower_level_guidance: Whether finer incoherence detectors see the coarser prediction (paper, Table 3).
         joint_levels: One sequence of all levels (paper) or one sequence per level (paper, Table 8).
         propagate: Whether refined values are handed down to the quadrants (paper, Table 8).
+        feature_fingerprint: SHA-256 of the detector's weights with which the refiner was saved by an adapter; None for
+            an image encoder, or where it is not known.
+        predicts_gain: Whether the model predicts what each refinement wins, so that a call can refuse the bad ones; set
+            by calibration on photos that training did not see.
         format_version: Version of this layout, raised when old files can no longer be read.
     """
 
@@ -61,6 +65,8 @@ class TransfinerConfig:
     lower_level_guidance: bool = True
     joint_levels: bool = True
     propagate: bool = True
+    predicts_gain: bool = False
+    feature_fingerprint: str | None = None
     format_version: int = 1
 
     def __post_init__(self) -> None:
@@ -112,6 +118,9 @@ class RefineOptions:
         max_nodes: Nodes kept per instance and level, the most incoherent first; None keeps all.
         keep_if_iou_below: A refined mask whose IoU with its coarse mask is below this is replaced by the coarse mask
             and flagged in ``kept_coarse``; 0 accepts every refinement.
+        keep_if_gain_below: A refined mask whose predicted gain of Boundary IoU is below this is replaced by the coarse
+            mask and flagged in ``kept_coarse``; -1 accepts every refinement. Without effect on a model that does not
+            predict gains.
         encode: How the image encoder sees the image: ``"crops"`` encodes each instance at a fixed scale, ``"image"``
             the whole image once, ``"auto"`` whichever needs fewer pixels.
         return_quadtree: Whether the result carries incoherence maps and quadtrees, for pictures and analysis.
@@ -123,6 +132,7 @@ class RefineOptions:
     token_budget: int = 16384
     max_nodes: int | None = None
     keep_if_iou_below: float = 0.5
+    keep_if_gain_below: float = 0.0
     encode: Literal["auto", "image", "crops"] = "auto"
     return_quadtree: bool = False
 
@@ -139,5 +149,7 @@ class RefineOptions:
             raise InvalidInputError(f"expected mask_threshold between 0 and 1, got {self.mask_threshold}")
         if not 0 <= self.keep_if_iou_below <= 1:
             raise InvalidInputError(f"expected keep_if_iou_below from 0 to 1, got {self.keep_if_iou_below}")
+        if not -1 <= self.keep_if_gain_below <= 1:
+            raise InvalidInputError(f"expected keep_if_gain_below from -1 to 1, got {self.keep_if_gain_below}")
         if self.encode not in ("auto", "image", "crops"):
             raise InvalidInputError(f'expected encode "auto", "image" or "crops", got {self.encode!r}')

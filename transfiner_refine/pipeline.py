@@ -19,6 +19,7 @@ from transfiner_refine.functional.crops import crop_image
 from transfiner_refine.functional.paste import crop_box_masks, crop_masks, paste
 from transfiner_refine.functional.sampling import FeatureTable, RoIPyramid
 from transfiner_refine.inputs import CoarseMasks
+from transfiner_refine.modeling.gain import refinement_statistics
 from transfiner_refine.modeling.model import RefinerModel
 from transfiner_refine.modeling.transfiner import TransfinerOutput, above_threshold
 from transfiner_refine.types import FeaturePyramid, LevelNodes, RefineDetails
@@ -66,7 +67,8 @@ class Job:
         coarse: The coarse masks as they were given.
         masks: ``(N, H, W)`` bool, the coarse masks until the refined ones are pasted.
         probs: ``(N, S, S)`` float32, refined probabilities in the RoI frame.
-        kept_coarse: ``(N,)`` bool, where the refined mask strayed too far.
+        kept_coarse: ``(N,)`` bool, where the refined mask strayed too far or promised too little.
+        gain: ``(N,)`` float32, predicted gains of Boundary IoU, or None if the model does not predict them.
         index: ``(n,)`` int64, the instances that can be refined.
         table: The pyramid's features, flattened with its first group.
         found: Instances and output of each group, if quadtrees are asked for.
@@ -80,6 +82,7 @@ class Job:
     masks: Tensor
     probs: Tensor
     kept_coarse: Tensor
+    gain: Tensor | None
     index: Tensor
     table: FeatureTable | None = None
     found: list[tuple[Tensor, TransfinerOutput]] = field(default_factory=list)
@@ -154,6 +157,7 @@ class Pipeline:
             image = image.to(self.device)
             image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
         side = ROOT_SIDE << max(self.depth - 1, 0)
+        predicts_gain = self.model.gain_predictor is not None and self.depth > 0
         has_area = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
         return Job(
             image=image,
@@ -164,6 +168,7 @@ class Pipeline:
             masks=masks,
             probs=torch.zeros((boxes.shape[0], side, side), device=self.device),
             kept_coarse=torch.zeros(boxes.shape[0], dtype=torch.bool, device=self.device),
+            gain=torch.zeros(boxes.shape[0], device=self.device) if predicts_gain else None,
             index=(has_area & touches_image(boxes, size)).nonzero()[:, 0],
         )
 
@@ -177,7 +182,9 @@ class Pipeline:
             output = self.model.transfiner(self._features(group), coarse, self.depth, select, options.token_budget)
             # A coarse mask without a single cell has nothing to refine.
             present = coarse.amax(dim=(1, 2)) >= options.mask_threshold
-            keep = present & (_iou(output.probs, coarse, options.mask_threshold) < options.keep_if_iou_below)
+            stray = _iou(output.probs, coarse, options.mask_threshold) < options.keep_if_iou_below
+            gain = self._gain(output, coarse)
+            keep = present & (stray | (gain < options.keep_if_gain_below))
             touched = output.touched & (present & ~keep)[:, None, None]
             probs = torch.where(touched, output.probs, coarse)
             start = 0
@@ -185,6 +192,8 @@ class Pipeline:
                 part = slice(start, start + index.shape[0])
                 job.probs[index] = probs[part]
                 job.kept_coarse[index] = keep[part]
+                if job.gain is not None:
+                    job.gain[index] = gain[part]
                 masks = job.masks[index]
                 paste(probs[part], job.rois[index], masks, options.mask_threshold, touched[part])
                 job.masks[index] = masks
@@ -192,6 +201,12 @@ class Pipeline:
             if options.return_quadtree:
                 (job, index), *_ = group
                 job.found.append((index, output))
+
+    def _gain(self, output: TransfinerOutput, coarse: Tensor) -> Tensor:
+        """Predicted gains ``(R,)``; infinite where nothing predicts them, so that no refinement is refused."""
+        if self.model.gain_predictor is None or self.depth == 0:
+            return coarse.new_full((coarse.shape[0],), torch.inf)
+        return self.model.gain_predictor(refinement_statistics(output, coarse, self.options.mask_threshold))
 
     def details(self, job: Job) -> RefineDetails:
         """Join the incoherence maps and quadtrees of a job's groups, renumbered to its instances."""

@@ -233,5 +233,6 @@ def _result(pipeline: Pipeline, job: Job, labels: Any, scores: Any) -> Instances
         probs=job.probs,
         rois=job.rois,
         kept_coarse=job.kept_coarse,
+        predicted_gain=job.gain,
         details=pipeline.details(job) if pipeline.options.return_quadtree else None,
     )

@@ -256,7 +256,10 @@ class Instances:
         labels: ``(N,)`` int64.
         probs: ``(N, S, S)`` float, refined probabilities in the RoI frame.
         rois: ``(N, 4)`` float32 xyxy, image pixels: where ``probs`` lies, that is the box with its margin.
-        kept_coarse: ``(N,)`` bool, true where the coarse mask was kept because the refined one strayed too far.
+        kept_coarse: ``(N,)`` bool, true where the coarse mask was kept because the refined one strayed too far or
+            promised too little.
+        predicted_gain: ``(N,)`` float32, Boundary IoU that the refinement is expected to win, if the model predicts it;
+            0 where there was nothing to refine.
         details: Incoherence maps and quadtrees, if they were asked for.
 
     Raises:
@@ -272,6 +275,7 @@ class Instances:
     rois: Tensor | None = None
     kept_coarse: Tensor | None = None
     details: RefineDetails | None = None
+    predicted_gain: Tensor | None = None
 
     def __post_init__(self) -> None:
         size = check_image_size(self.image_size)
@@ -290,6 +294,7 @@ class Instances:
         self._hold("labels", torch.int64)
         self._hold("rois", torch.float32, (4,))
         self._hold("kept_coarse", torch.bool)
+        self._hold("predicted_gain", torch.float32)
         self._hold("probs", None, None)
         if self.details is not None and len(self.details) != len(masks):
             raise InvalidInputError(f"expected details of {len(masks)} instances, got {len(self.details)}")
@@ -318,7 +323,7 @@ class Instances:
         return (self[index] for index in range(len(self)))
 
     def __repr__(self) -> str:
-        optional = ("scores", "labels", "probs", "rois", "kept_coarse", "details")
+        optional = ("scores", "labels", "probs", "rois", "kept_coarse", "predicted_gain", "details")
         given = ", ".join(name for name in optional if getattr(self, name) is not None)
         return (
             f"Instances({len(self)} of image_size={self.image_size}, masks {self.masks.dtype} on {self.masks.device}"

@@ -36,31 +36,33 @@ def warp(plane: np.ndarray, affine: np.ndarray, size: tuple[int, int], fill: int
     return cv2.warpAffine(plane, centred, size[::-1], flags=cv2.INTER_LINEAR, borderValue=value)
 
 
-def warp_crop(image: np.ndarray, affine: np.ndarray, side: int) -> np.ndarray:
-    """Warp an image into a square crop: averages areas when shrinking, interpolates when enlarging.
+def warp_crop(image: np.ndarray, affine: np.ndarray, size: tuple[int, int], fill: int = FILL) -> np.ndarray:
+    """Warp an image into a crop: averages areas when shrinking, interpolates when enlarging.
 
     Args:
-        image: ``(H, W, 3)`` uint8.
+        image: ``(H, W)`` or ``(H, W, 3)`` uint8.
         affine: ``(2, 3)`` continuous pixels of ``image`` to continuous pixels of the crop.
-        side: Side of the crop.
+        size: ``(H, W)`` of the crop.
+        fill: Value outside of the image.
 
     Returns:
-        ``(side, side, 3)`` uint8, ``FILL`` outside of the image.
+        uint8 array of ``size``.
     """
     scale = np.minimum(np.linalg.norm(affine[:, :2], axis=0), 1.0)  # of x and y
     if scale.min() >= 1.0:
-        return warp(image, affine, (side, side), FILL)
+        return warp(image, affine, size, fill)
     # Shrink the part that the crop shows by area averages, then warp what is left of the map at a scale of about one.
-    corners = np.array([[0, 0], [side, 0], [0, side], [side, side]], float)
+    height, width = size
+    corners = np.array([[0, 0], [width, 0], [0, height], [width, height]], float)
     shown = (corners - affine[:, 2]) @ np.linalg.inv(affine[:, :2]).T
     low = np.maximum(np.floor(shown.min(0)) - 2, 0).astype(int)
     high = np.minimum(np.ceil(shown.max(0)) + 2, image.shape[1::-1]).astype(int)
     if (high <= low).any():
-        return np.full((side, side, 3), FILL, np.uint8)
+        return np.full(size + image.shape[2:], fill, np.uint8)
     small = np.maximum(np.round((high - low) * scale), 1).astype(int)
     part = cv2.resize(image[low[1] : high[1], low[0] : high[0]], small.tolist(), interpolation=cv2.INTER_AREA)
     back = np.column_stack([np.diag((high - low) / small), low.astype(float)])
-    return warp(part, compose(affine, back), (side, side), FILL)
+    return warp(part, compose(affine, back), size, fill)
 
 
 def photometric(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from transfiner_refine.config import ROOT_SIDE
 from transfiner_refine.data.augment import FILL, compose, photometric, warp, warp_crop
+from transfiner_refine.data.composite import Composer, CompositeShares, CutOut, Scene, draw_scene, tight_box
 from transfiner_refine.data.object_cache import CachedDetection, CachedObject, CropSource, ObjectCache
 from transfiner_refine.errors import InvalidInputError
 from transfiner_refine.functional.boxes import expand_boxes
@@ -30,9 +31,14 @@ CROP_SIDE = 256
 SPAN = 216
 """Length of a RoI's long side in the crop at inference."""
 
-SPAN_RANGE = (120, 236)
+NEAR_SPAN, ANY_SPAN = (196, 236), (110, 236)
+"""Lengths in training, half of the samples each: as in crops, and as in whole images, where every RoI has its own."""
+
 MAX_ROTATION = np.deg2rad(12.0)
 MAX_STRETCH = 0.15
+
+MIN_VISIBLE = 300
+"""Pixels of its cut-out that an object shows at least in a composite."""
 
 
 class CropSample(NamedTuple):
@@ -89,6 +95,8 @@ class CropDataset(Dataset[CropSample]):
         augment: Whether place, scale, colours and boxes vary; otherwise the crop is the one of inference.
         real_share: Share of samples with a real coarse mask; an object without one always gets a simulated one.
         soft_share: Share of samples whose coarse mask is a soft 28×28 map in the box frame.
+        shares: How often samples are composed of several photos; None never composes.
+        stamps: Cut-outs with true alpha for the composites.
         seed: Seed of every random choice.
 
     Raises:
@@ -105,6 +113,8 @@ class CropDataset(Dataset[CropSample]):
         augment: bool = True,
         real_share: float = 0.5,
         soft_share: float = 0.15,
+        shares: CompositeShares | None = None,
+        stamps: Sequence[CutOut] = (),
         seed: int = 0,
     ) -> None:
         self._caches = [ObjectCache(source, Path(cache_dir)) for source in sources]
@@ -116,6 +126,9 @@ class CropDataset(Dataset[CropSample]):
             )
         self.side, self.box_margin, self.augment = side, box_margin, augment
         self.real_share, self.soft_share, self.seed = real_share, soft_share, seed
+        self._composer = None
+        if shares is not None:
+            self._composer = Composer(len(self._entries), self._cut_out, stamps, shares)
         # Shared memory: persistent loader workers see the epoch that the trainer sets.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -129,10 +142,11 @@ class CropDataset(Dataset[CropSample]):
     def __getitem__(self, index: int) -> CropSample:
         cache, item = self._entries[index]
         rng = np.random.default_rng([self.seed, int(self._epoch), index])
-        work = self._coarse(cache, item, rng)
+        scene = self._scene(index, rng)
+        work = self._coarse(cache, item, scene, rng)
         roi = expand_boxes(torch.from_numpy(work.box[None]), self.box_margin)[0].numpy()
         placed = self._place(roi, rng)  # work frame to crop
-        image = self._image(cache.image(item), compose(placed, work.affine), rng)
+        image = self._image(cache.image(item), scene, compose(placed, work.affine), rng)
         coarse, target = self._roi_frame(work, roi)
         corners = placed[:, :2] @ roi.reshape(2, 2).T + placed[:, 2:]  # (2, 2): x of both corners, then y
         (x0, x1), (y0, y1) = np.sort(corners, axis=1)
@@ -147,15 +161,37 @@ class CropDataset(Dataset[CropSample]):
             index=torch.tensor(index),
         )
 
-    def _coarse(self, cache: ObjectCache, item: CachedObject, rng: np.random.Generator) -> _Work:
+    def _cut_out(self, index: int) -> CutOut:
+        cache, item = self._entries[index]
+        return CutOut(cache.image(item), cache.coverage(item))
+
+    def _scene(self, index: int, rng: np.random.Generator) -> Scene | None:
+        """Perhaps compose the sample of several photos; not if next to nothing of the object would be seen."""
+        if self._composer is None or not self.augment:
+            return None
+        scene = self._composer.scene(self._cut_out(index), rng)
+        if scene is not None and np.count_nonzero(scene.coverage >= 128) < MIN_VISIBLE:
+            return None
+        return scene
+
+    def _coarse(self, cache: ObjectCache, item: CachedObject, scene: Scene | None, rng: np.random.Generator) -> _Work:
         """Choose and make the object's coarse mask."""
         real, soft = rng.random() < self.real_share, rng.random() < self.soft_share
-        if real and item.detections:
+        # A real mask knows nothing of what was pasted; before another background it may stay.
+        if real and item.detections and (scene is None or (scene.is_own and not scene.layers)):
             number = int(rng.integers(len(item.detections))) if self.augment else 0
             return self._real(cache, item, item.detections[number], soft, rng)
-        truth, affine = self._truth(cache.coverage(item), item.box, rng)
-        made = simulate_coarse(truth >= 0.5, rng)
-        return self._simulated(truth, made, affine, soft, rng)
+        if scene is None:
+            coverage, box, neighbour = cache.coverage(item), np.array(item.box), None
+        else:
+            coverage, neighbour = scene.coverage, scene.neighbour if scene.neighbour.any() else None
+            box = tight_box(coverage).astype(float)
+        affine, size = self._window(coverage.shape, box, rng)
+        truth = self._cut(coverage, affine, size).astype(np.float32) / 255
+        if not (truth >= 0.5).any():  # an object thinner than a pixel of its cut-out
+            truth = (truth >= truth.max()).astype(np.float32)
+        other = None if neighbour is None else self._cut(neighbour, affine, size) >= 128
+        return self._simulated(truth, simulate_coarse(truth >= 0.5, rng, neighbour=other), affine, soft, rng)
 
     def _real(
         self, cache: ObjectCache, item: CachedObject, found: CachedDetection, soft: bool, rng: np.random.Generator
@@ -184,41 +220,39 @@ class CropDataset(Dataset[CropSample]):
             return box
         return box + np.clip(rng.laplace(scale=0.012, size=4), -0.06, 0.06) * np.tile(box[2:] - box[:2], 2)
 
-    def _truth(
-        self, coverage: np.ndarray, box: tuple[float, ...], rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Ground truth with context enough for leaks and generous boxes, sometimes rotated.
+    def _window(
+        self, frame: tuple[int, ...], box: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, tuple[int, int]]:
+        """Part of the cut-out with context enough for leaks and generous boxes, sometimes rotated.
 
         Returns:
-            ``(H, W)`` float32 coverage, and the ``(2, 3)`` map from the cut-out to it.
+            The ``(2, 3)`` map from the cut-out to it, and its ``(H, W)``.
         """
-        x0, y0, x1, y1 = box
-        centre, reach = np.array([x0 + x1, y0 + y1]) / 2, 0.5 * np.array([x1 - x0, y1 - y0])
+        centre, reach = (box[:2] + box[2:]) / 2, 0.5 * (box[2:] - box[:2])
         angle = rng.uniform(-MAX_ROTATION, MAX_ROTATION) if self.augment and rng.random() < 0.3 else 0.0
-        cos, sin = np.cos(angle), np.sin(angle)
-        turn = np.array([[cos, -sin], [sin, cos]])
+        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
         extent = (np.abs(turn) @ reach) * 1.5 + 4
         if angle == 0.0:
             # A plain cut keeps the image's border, where masks and boxes end.
             low = np.maximum(np.floor(centre - extent), 0).astype(int)
-            high = np.minimum(np.ceil(centre + extent), coverage.shape[::-1]).astype(int)
-            affine = np.column_stack([np.eye(2), -low])
-            plane = coverage[low[1] : high[1], low[0] : high[0]]
-        else:
-            affine = np.column_stack([turn, extent - turn @ centre])
-            width, height = np.ceil(2 * extent).astype(int)
-            plane = warp(coverage, affine, (height, width), 0)
-        truth = plane.astype(np.float32) / 255
-        if not (truth >= 0.5).any():  # an object thinner than a pixel of its cut-out
-            truth = (truth >= truth.max()).astype(np.float32)
-        return truth, affine
+            high = np.minimum(np.ceil(centre + extent), frame[::-1]).astype(int)
+            return np.column_stack([np.eye(2), -low]), (int(high[1] - low[1]), int(high[0] - low[0]))
+        width, height = np.ceil(2 * extent).astype(int).tolist()
+        return np.column_stack([turn, extent - turn @ centre]), (height, width)
+
+    def _cut(self, plane: np.ndarray, affine: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """A window of a plane of the cut-out."""
+        if (affine[:, :2] == np.eye(2)).all():
+            x, y = (-affine[:, 2]).astype(int)
+            return plane[y : y + size[0], x : x + size[1]]
+        return warp(plane, affine, size, 0)
 
     def _place(self, roi: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Affine map from the work frame to the crop; the RoI's long side takes ``SPAN`` pixels at inference."""
         size, centre = roi[2:] - roi[:2], (roi[:2] + roi[2:]) / 2
         span, stretch, flip, shift = float(SPAN), np.ones(2), 1.0, np.zeros(2)
         if self.augment:
-            span = rng.uniform(*SPAN_RANGE)
+            span = rng.uniform(*(NEAR_SPAN if rng.random() < 0.5 else ANY_SPAN))
             if rng.random() < 0.3:
                 ratio = np.exp(rng.uniform(-MAX_STRETCH, MAX_STRETCH) / 2)
                 stretch = np.array([ratio, 1 / ratio])
@@ -230,12 +264,19 @@ class CropDataset(Dataset[CropSample]):
         scale = scale * np.array([flip, 1.0])
         return np.column_stack([np.diag(scale), CROP_SIDE / 2 + shift - scale * centre])
 
-    def _image(self, image: np.ndarray, affine: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _image(
+        self, image: np.ndarray, scene: Scene | None, affine: np.ndarray, rng: np.random.Generator
+    ) -> np.ndarray:
         """Crop and, in training, change the colours; ``(256, 256, 3)`` uint8."""
-        crop = warp_crop(image, affine, CROP_SIDE)
-        if not self.augment:
-            return crop
-        crop = photometric(crop, rng)
+        if scene is not None:
+            crop = photometric(draw_scene(scene, affine, CROP_SIDE, rng), rng)
+            if scene.background is not None:  # it has no end within the crop
+                return crop
+        else:
+            crop = warp_crop(image, affine, (CROP_SIDE, CROP_SIDE))
+            if not self.augment:
+                return crop
+            crop = photometric(crop, rng)
         inside = warp(np.ones(image.shape[:2], np.uint8), affine, (CROP_SIDE, CROP_SIDE), 0)
         crop[inside == 0] = FILL  # outside of the image stays the encoder's zero
         return crop

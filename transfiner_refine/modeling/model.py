@@ -5,6 +5,7 @@ from torch import nn
 from transfiner_refine.config import TransfinerConfig
 from transfiner_refine.errors import InvalidInputError
 from transfiner_refine.modeling.efficientnet_lite import EfficientNetLite0
+from transfiner_refine.modeling.gain import GainPredictor
 from transfiner_refine.modeling.image_encoder import ImageEncoder
 from transfiner_refine.modeling.transfiner import MaskTransfiner
 
@@ -18,6 +19,7 @@ class RefinerModel(nn.Module):
         config: The architecture.
         image_encoder: None when a detector makes the features.
         transfiner: The paper's network.
+        gain_predictor: None when the model does not predict gains.
 
     Raises:
         InvalidInputError: If the configuration asks for the image encoder with strides that it does not have.
@@ -32,3 +34,4 @@ class RefinerModel(nn.Module):
         self.config = config
         self.image_encoder = ImageEncoder(config.feature_channels) if config.feature_source == IMAGE_ENCODER else None
         self.transfiner = MaskTransfiner(config)
+        self.gain_predictor = GainPredictor() if config.predicts_gain else None

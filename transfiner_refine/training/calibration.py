@@ -1,13 +1,22 @@
-"""Setting the operating point of a trained incoherence detector."""
+"""What is set after training, on photos that it did not see: the detector's operating point, and the expected gain."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from transfiner_refine.errors import InvalidInputError
+from transfiner_refine.modeling.gain import STATISTICS
 from transfiner_refine.modeling.model import RefinerModel
+
+LARGEST_GAIN = 0.1
+"""Gains beyond this, either way, count as this: a few masks must not decide the fit."""
+
+RIDGE = 0.01
+"""Weight of the penalty on the coefficients of the statistics, each scaled to unit variance."""
 
 
 def calibrate_thresholds(model: RefinerModel, thresholds: Sequence[float]) -> None:
@@ -32,3 +41,46 @@ def calibrate_thresholds(model: RefinerModel, thresholds: Sequence[float]) -> No
         for bias, threshold in zip(biases, thresholds, strict=False):
             assert isinstance(bias, torch.Tensor)
             bias -= torch.logit(torch.tensor(threshold))
+
+
+def with_gain_predictor(model: RefinerModel) -> RefinerModel:
+    """Copy a model, with a gain predictor that predicts zero until :func:`fit_gain` sets it.
+
+    Args:
+        model: Not changed; a gain predictor that it has is replaced.
+    """
+    copy = RefinerModel(replace(model.config, predicts_gain=True))
+    assert copy.gain_predictor is not None
+    fresh = {f"gain_predictor.{name}": value for name, value in copy.gain_predictor.state_dict().items()}
+    copy.load_state_dict({**model.state_dict(), **fresh})
+    return copy.to(next(model.parameters()).device).eval()
+
+
+def fit_gain(model: RefinerModel, statistics: Tensor, gains: Tensor) -> None:
+    """Fit the gain predictor by ridge regression.
+
+    Args:
+        model: A model with a gain predictor, which is changed in place.
+        statistics: ``(N, 6)`` float, :func:`~transfiner_refine.modeling.gain.refinement_statistics` of N refinements of
+            objects that training did not see.
+        gains: ``(N,)`` float, the Boundary IoU that each of them won.
+
+    Raises:
+        InvalidInputError: If the model has no gain predictor, or there are fewer refinements than coefficients.
+    """
+    predictor = model.gain_predictor
+    if predictor is None:
+        raise InvalidInputError("expected a model with a gain predictor, got one without: use with_gain_predictor")
+    if statistics.shape != (len(gains), len(STATISTICS)) or len(gains) <= len(STATISTICS):
+        raise InvalidInputError(
+            f"expected more than {len(STATISTICS)} rows of {len(STATISTICS)} statistics, one for each gain, got "
+            f"{tuple(statistics.shape)} statistics and {len(gains)} gains: calibrate on more objects"
+        )
+    x, y = statistics.double(), gains.double().clamp(-LARGEST_GAIN, LARGEST_GAIN)
+    mean, deviation = x.mean(dim=0), x.std(dim=0).clamp(min=1e-6)
+    z = (x - mean) / deviation
+    penalty = RIDGE * torch.eye(len(STATISTICS), dtype=torch.float64, device=z.device)
+    weight = torch.linalg.solve(z.T @ z / len(z) + penalty, z.T @ (y - y.mean()) / len(z)) / deviation
+    with torch.no_grad():
+        predictor.weight.copy_(weight)
+        predictor.bias.copy_((y.mean() - weight @ mean)[None])

@@ -38,6 +38,7 @@ class CoarseErrors:
         thin_width: Range of the width below which parts are lost.
         missing: Expected number of blobs missing from the object.
         leaks: Expected number of blobs of background caught.
+        merges: Probability that part of a neighbour is caught, where there is one.
         blob_radius: Range of those blobs' radius.
         box_noise: Scale of the Laplace noise of each box side, as a share of the box's width or height.
         box_slip: Probability that a box side is badly placed.
@@ -57,6 +58,7 @@ class CoarseErrors:
     thin_width: tuple[float, float] = (0.02, 0.1)
     missing: float = 0.15
     leaks: float = 0.4
+    merges: float = 0.4
     blob_radius: tuple[float, float] = (0.05, 0.38)
     box_noise: float = 0.018
     box_slip: float = 0.09
@@ -83,7 +85,10 @@ DEFAULT_ERRORS = CoarseErrors()
 
 
 def simulate_coarse(
-    mask: np.ndarray, rng: np.random.Generator, errors: CoarseErrors = DEFAULT_ERRORS
+    mask: np.ndarray,
+    rng: np.random.Generator,
+    errors: CoarseErrors = DEFAULT_ERRORS,
+    neighbour: np.ndarray | None = None,
 ) -> SimulatedCoarse:
     """Turn ground truth into what a detector would have returned for the object.
 
@@ -92,6 +97,8 @@ def simulate_coarse(
             generous boxes show.
         rng: Source of every random choice; equal states give equal results.
         errors: Which errors, how often and how strong.
+        neighbour: ``(H, W)`` bool, other objects of the kind that a head takes for part of this one; None if there are
+            none.
 
     Returns:
         The coarse mask, its box and its soft map. The IoU with ground truth is at least ``errors.min_iou``: an object
@@ -114,7 +121,10 @@ def simulate_coarse(
         if kind < errors.untouched + errors.one_pixel:
             coarse = _nearly_exact(distance, tight, rng.uniform(0.3, 1.2), rng, errors)
         else:
-            coarse = _cut(_head_field(distance, tight, rng, errors), _noisy_box(tight, mask.shape, rng, errors))
+            seen = distance
+            if neighbour is not None and rng.random() < errors.merges:
+                seen = _merge(distance, neighbour, float(np.sqrt((tight[2:] - tight[:2]).prod())), rng, errors)
+            coarse = _cut(_head_field(seen, tight, rng, errors), _noisy_box(tight, mask.shape, rng, errors))
         overlap = np.count_nonzero(coarse.mask & mask) / np.count_nonzero(coarse.mask | mask)
         if overlap >= errors.min_iou:
             return coarse
@@ -132,6 +142,22 @@ def _nearly_exact(
     generous = np.abs(_noisy_box(tight, distance.shape, rng, errors) - tight)
     box = np.concatenate([tight[:2] - generous[:2], tight[2:] + generous[2:]])
     return _cut(field, _clip_box(box, distance.shape))
+
+
+def _merge(
+    distance: np.ndarray, neighbour: np.ndarray, size: float, rng: np.random.Generator, errors: CoarseErrors
+) -> np.ndarray:
+    """Take part of a neighbour for the object: what a disc around a place of contact shows of it."""
+    contact = np.argwhere(neighbour & (distance > -0.06 * size))
+    if not len(contact):
+        return distance
+    row, column = contact[rng.integers(len(contact))]
+    radius = size * np.exp(rng.uniform(np.log(errors.blob_radius[0]), np.log(2 * errors.blob_radius[1])))
+    away = np.hypot(
+        np.arange(neighbour.shape[0], dtype=np.float32)[:, None] - np.float32(row),
+        np.arange(neighbour.shape[1], dtype=np.float32)[None] - np.float32(column),
+    )
+    return np.maximum(distance, np.minimum(np.float32(radius) - away, _signed_distance(neighbour)))
 
 
 def _head_field(distance: np.ndarray, tight: np.ndarray, rng: np.random.Generator, errors: CoarseErrors) -> np.ndarray:

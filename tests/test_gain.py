@@ -1,0 +1,137 @@
+"""The predicted gain: what it is told, how it is fitted, and what a call does with it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from small_models import discs, encoder_config, eventful_model, random_image
+from torch import Tensor
+
+from transfiner_refine import RefineOptions, Refiner
+from transfiner_refine.errors import InvalidInputError
+from transfiner_refine.modeling.gain import STATISTICS, refinement_statistics
+from transfiner_refine.modeling.model import RefinerModel
+from transfiner_refine.modeling.transfiner import Detection, TransfinerOutput
+from transfiner_refine.training.calibration import fit_gain, with_gain_predictor
+from transfiner_refine.types import LevelNodes
+
+FREE = RefineOptions(keep_if_iou_below=0.0, keep_if_gain_below=-1.0)
+H, W = 96, 120
+
+
+@pytest.fixture(scope="module")
+def model() -> RefinerModel:
+    return with_gain_predictor(eventful_model(encoder_config(decoder="label")))  # its corrections are large
+
+
+@pytest.fixture
+def masks() -> Tensor:
+    return discs(H, W, [(40.0, 40.0, 25.0), (70.0, 50.0, 30.0), (90.0, 30.0, 20.0)])
+
+
+def test_statistics_against_a_loop():
+    """Two RoIs, the second without a node, against sums written out."""
+    long = torch.tensor
+    root = LevelNodes(long([0, 0]), long([1, 2]), long([1, 2]), long([-1, -1]), torch.tensor([0.0, 2.0]), 28)
+    fine = LevelNodes(long([0]), long([2]), long([2]), long([0]), torch.tensor([1.0]), 56)
+    coarse = torch.zeros(2, 56, 56)
+    coarse[:, 10:20, 10:20] = 1.0
+    probs = coarse.clone()
+    probs[0, 20:25, 10:20] = 0.75  # 50 cells added
+    probs[0, 10, 10:20] = 0.25  # 10 removed
+    root_logits = torch.full((2, 28, 28), -3.0)
+    detection = Detection(root_logits, (root, fine), (root, fine), torch.zeros(2, 1, 28, 28))
+    output = TransfinerOutput(probs, probs != coarse, detection, (torch.tensor([0.75, 0.25]), torch.tensor([0.9])))
+    found = refinement_statistics(output, coarse)
+    sigmoid = lambda x: 1 / (1 + torch.exp(torch.tensor(-float(x))))  # noqa: E731
+    quiet = float(sigmoid(-3))
+    expected = torch.tensor(
+        [
+            [0.51, 0.11, float(sigmoid(0) + sigmoid(2)) / 2, 4 * 0.9 * 0.1, 1.0, quiet],
+            [0.01, 0.01, 1.0, 0.0, 1.0, quiet],
+        ]
+    )
+    expected[:, :2] = expected[:, :2].log()
+    assert found.shape == (2, len(STATISTICS))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_linear_gain_is_recovered(model: RefinerModel):
+    generator = torch.Generator().manual_seed(0)
+    statistics = torch.randn(400, len(STATISTICS), generator=generator) * torch.tensor([1.0, 2, 0.1, 0.05, 0.2, 0.1])
+    weight = torch.tensor([0.004, -0.003, 0.05, 0.1, -0.02, 0.03])
+    gains = statistics @ weight + 0.02
+    fitted = with_gain_predictor(model)
+    fit_gain(fitted, statistics, gains)
+    assert fitted.gain_predictor is not None
+    assert (fitted.gain_predictor(statistics) - gains).abs().max() < 2e-3
+    with pytest.raises(InvalidInputError, match="more than 6 rows"):
+        fit_gain(fitted, statistics[:6], gains[:6])
+    with pytest.raises(InvalidInputError, match="with_gain_predictor"):
+        fit_gain(RefinerModel(encoder_config()), statistics, gains)
+
+
+def test_one_extreme_mask_does_not_decide_the_fit(model: RefinerModel):
+    statistics = torch.randn(100, len(STATISTICS), generator=torch.Generator().manual_seed(0))
+    gains = torch.full((100,), 0.05)
+    gains[0] = -1.0
+    fitted = with_gain_predictor(model)
+    fit_gain(fitted, statistics, gains)
+    assert fitted.gain_predictor is not None
+    assert float(fitted.gain_predictor(statistics).detach().mean()) > 0.045
+
+
+def test_only_masks_that_promise_too_little_are_kept_coarse(model: RefinerModel, masks: Tensor):
+    with torch.no_grad():
+        predictor = with_gain_predictor(model)
+        assert predictor.gain_predictor is not None
+        predictor.gain_predictor.weight[0] = -1.0  # what adds much promises little
+    refiner, image = Refiner(predictor), random_image(H, W)
+    free = refiner.refine(image, masks=masks, options=FREE)
+    gain = free.predicted_gain
+    assert gain is not None and gain.shape == (3,) and len(gain.unique()) == 3
+    assert free.kept_coarse is not None and not free.kept_coarse.any()
+    limit = float(gain.sort().values[:2].mean())
+    assert -1 <= limit <= 5
+    shifted = with_gain_predictor(predictor)
+    shifted.load_state_dict({**predictor.state_dict(), "gain_predictor.bias": torch.tensor([-limit])})
+    out = Refiner(shifted).refine(image, masks=masks, options=replace(FREE, keep_if_gain_below=0.0))
+    worst = int(gain.argmin())
+    assert out.kept_coarse is not None and out.kept_coarse.nonzero().flatten().tolist() == [worst]
+    assert torch.equal(out.masks[worst], masks[worst])
+    others = [i for i in range(3) if i != worst]
+    assert torch.equal(out.masks[others], free.masks[others])
+    assert out[[worst]].predicted_gain is not None
+
+
+def test_a_model_without_a_predictor_refuses_nothing(masks: Tensor):
+    refiner = Refiner(eventful_model(encoder_config()))
+    out = refiner.refine(random_image(H, W), masks=masks, options=replace(FREE, keep_if_gain_below=1.0))
+    assert out.predicted_gain is None and out.kept_coarse is not None and not out.kept_coarse.any()
+
+
+def test_nothing_to_refine(model: RefinerModel):
+    refiner, image = Refiner(model), random_image(H, W)
+    empty = refiner.refine(image, masks=torch.zeros(0, H, W, dtype=torch.bool))
+    assert empty.predicted_gain is not None and empty.predicted_gain.shape == (0,)
+    blank = refiner.refine(image, masks=torch.zeros(2, H, W, dtype=torch.bool))
+    assert blank.predicted_gain is not None and blank.predicted_gain.tolist() == [0.0, 0.0]
+    assert (
+        refiner.refine(image, masks=discs(H, W, [(40, 40, 20)]), options=RefineOptions(depth=0)).predicted_gain is None
+    )
+
+
+def test_it_is_saved_with_the_model(model: RefinerModel, masks: Tensor, tmp_path):
+    trained = with_gain_predictor(model)
+    fit_gain(trained, torch.randn(50, 6, generator=torch.Generator().manual_seed(1)), torch.linspace(-0.1, 0.1, 50))
+    refiner = Refiner(trained)
+    again = Refiner.from_pretrained(refiner.save_pretrained(tmp_path / "saved"))
+    image = random_image(H, W)
+    a, b = (r.refine(image, masks=masks, options=FREE).predicted_gain for r in (refiner, again))
+    assert a is not None and b is not None and bool(a.abs().max() > 0)
+    torch.testing.assert_close(a, b)
+
+
+def test_limits_of_the_option_are_checked():
+    with pytest.raises(InvalidInputError, match="keep_if_gain_below from -1 to 1"):
+        RefineOptions(keep_if_gain_below=-2)
