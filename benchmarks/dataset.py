@@ -10,7 +10,7 @@ import base64
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,9 @@ from transfiner_refine.functional.rle import decode_batch
 
 DATA = Path(os.environ.get("TRANSFINER_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 """Folder of the sets; ``--data`` or the environment variable ``TRANSFINER_DATA`` name another."""
+
+ECSSD_VALIDATION = frozenset(Path(__file__).with_name("ecssd_validation.txt").read_text().split())
+"""The photos of ``ecssd`` that are never trained on."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,13 @@ class MatchedSet:
     Args:
         folder: The set.
         limit: Photos to read, spread evenly over the set; None reads all.
+        keep: Which photos count, by file name; None keeps all.
 
     Raises:
         InvalidInputError: If the folder holds no such set.
     """
 
-    def __init__(self, folder: Path, limit: int | None = None):
+    def __init__(self, folder: Path, limit: int | None = None, keep: Callable[[str], bool] | None = None):
         for name in ("annotations.json", "detections.json"):
             if not (folder / name).is_file():
                 raise InvalidInputError(
@@ -71,7 +75,7 @@ class MatchedSet:
         self.folder = folder
         self.truth = _by_image(annotations["annotations"])
         self.detections = _by_image(json.loads((folder / "detections.json").read_text()))
-        self.images: list[dict] = annotations["images"]
+        self.images: list[dict] = [x for x in annotations["images"] if keep is None or keep(x["file_name"])]
         if limit is not None and limit < len(self.images):
             # Neighbours are often frames of one scene.
             self.images = [self.images[i] for i in np.linspace(0, len(self.images) - 1, limit).round().astype(int)]
@@ -99,6 +103,19 @@ class MatchedSet:
                 boxes=corners,
                 box_probs=np.stack([_probs(x["soft28"]) for x in found]),
             )
+
+
+def open_set(data: Path, name: str, limit: int | None = None) -> MatchedSet:
+    """Open a set by name; ``ecssd_validation`` are those photos of ``ecssd`` that are never trained on.
+
+    Args:
+        data: Folder of the sets.
+        name: Name of the set.
+        limit: Photos to read, spread evenly over the set; None reads all.
+    """
+    if name == "ecssd_validation":
+        return MatchedSet(data / "ecssd", limit, ECSSD_VALIDATION.__contains__)
+    return MatchedSet(data / name, limit)
 
 
 def _by_image(entries: list[dict]) -> defaultdict[int, list[dict]]:

@@ -17,6 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+from baselines import load_refiner  # pyright: ignore[reportMissingImports]
 from dataset import DATA, MatchedImage, MatchedSet  # pyright: ignore[reportMissingImports]
 from train_embedded import VALIDATION_LIST, Validation  # pyright: ignore[reportMissingImports]
 
@@ -24,8 +25,8 @@ from transfiner_refine import RefineOptions, Refiner
 from transfiner_refine.evaluation import boundary_iou
 from transfiner_refine.training.calibration import calibrate_thresholds, fit_gain, with_gain_predictor
 
-ROOT = (0.5, 0.6, 0.7, 0.8)
-FINER = (0.5, 0.4, 0.3)
+ROOT = (0.6, 0.7, 0.8)
+FINER = (0.3, 0.2, 0.1)
 
 
 def predicting(refiner: Refiner, samples: list[MatchedImage]) -> Refiner:
@@ -60,7 +61,7 @@ def main() -> None:
     validation = Validation({"ecssd": photos, "pennfudan": list(MatchedSet(args.data / "pennfudan", limit=40))})
 
     def calibrated(root: float, finer: float) -> Refiner:
-        refiner = Refiner.from_pretrained(args.model)
+        refiner = load_refiner(args.model)
         calibrate_thresholds(refiner.model, (root, *[finer] * (refiner.config.depth - 1)))
         return refiner
 

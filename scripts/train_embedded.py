@@ -16,6 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+from baselines import NETWORKS, load_refiner, with_network  # pyright: ignore[reportMissingImports]
 from dataset import DATA, MatchedImage, MatchedSet  # pyright: ignore[reportMissingImports]
 from fetch_backbone import imagenet_weights  # pyright: ignore[reportMissingImports]
 
@@ -109,6 +110,7 @@ def main() -> None:
     parser.add_argument("--real-share", type=float, default=0.45)
     parser.add_argument("--backbone-scale", type=float, default=0.1)
     parser.add_argument("--init", type=Path, help="start from this refiner instead of ImageNet weights")
+    parser.add_argument("--network", choices=sorted(NETWORKS), help="train a baseline with this network instead")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -135,11 +137,13 @@ def main() -> None:
     validation = Validation({"ecssd": photos[:60], "davis": scenes})
 
     if args.init:
-        model = Refiner.from_pretrained(args.init).model
+        model = load_refiner(args.init).model
     else:
         model = RefinerModel(EMBEDDED)
         assert model.image_encoder is not None
         model.image_encoder.backbone.load_state_dict(imagenet_weights())
+    if args.network:
+        model = with_network(model, args.network)
     model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     config = TrainConfig(
         steps=args.steps,

@@ -1,11 +1,13 @@
 """What every test shares: seeds, the development data, and a guard that keeps tests off the network."""
 
+import importlib
 import ipaddress
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -94,3 +96,14 @@ def source_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ignored = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "runs", "outputs")
     shutil.copytree(REPOSITORY, target, symlinks=True, ignore=ignored)
     return target
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Import a module of the benchmarks as ``python benchmarks/NAME.py`` would see it."""
+
+    def load(name: str) -> ModuleType:
+        monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+        return importlib.import_module(name)
+
+    return load

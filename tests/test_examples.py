@@ -4,13 +4,18 @@ import json
 import runpy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from detectron2_host import import_detectron2, small_config
+from mmcv_ext import import_mmdet
+from mmcv_ext import small_config as mmdet_config
 from PIL import Image
 
 import transfiner_refine
-from transfiner_refine.functional.rle import decode
+from transfiner_refine import Refiner
+from transfiner_refine.functional.rle import decode, encode
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 DEMO = Path(transfiner_refine.__file__).parent / "assets" / "demo"
@@ -77,6 +82,49 @@ def test_refine_masks_only_makes_a_folder_of_the_bundled_photo(run: Run, tmp_pat
     assert (tmp_path / "outputs/refine_masks_only/refined/coffee/cup.png").exists()
 
 
+def test_labelling_folder_keeps_names_numbers_and_palette(run: Run, tmp_path: Path, disc: tuple[Path, Path]):
+    photo, mask = disc
+    numbers = np.zeros((120, 160), np.uint8)
+    numbers[picture(mask) > 0] = 7
+    numbers[:2] = 255
+    for name in ("disc", "empty"):
+        label = Image.fromarray(numbers * (name == "disc"))
+        label.putpalette([*range(0, 21), 200, 10, 30, *range(24, 256)] + 512 * [0])
+        (tmp_path / "labels").mkdir(exist_ok=True)
+        label.save(tmp_path / "labels" / f"{name}.png")
+    Image.open(photo).save(photo.with_name("empty.jpg"))
+    run("labelling_folder.py", "--photos", photo.parent, "--labels", tmp_path / "labels", "--output", "refined")
+
+    truth = picture(photo)[..., 0] > 125
+    refined = picture(tmp_path / "refined" / "disc.png")
+    assert np.count_nonzero((refined == 7) ^ truth) < np.count_nonzero((numbers == 7) ^ truth)
+    assert set(np.unique(refined)) == {0, 7, 255} and (refined[:2] == 255).all()
+    assert not picture(tmp_path / "refined" / "empty.png").any()
+    with Image.open(tmp_path / "refined" / "disc.png") as label:
+        assert label.mode == "P" and (label.getpalette() or [])[21:24] == [200, 10, 30]
+
+
+def test_labelling_folder_leaves_contested_pixels_to_the_annotator():
+    refine_numbers = runpy.run_path(str(EXAMPLES / "labelling_folder.py"))["refine_numbers"]
+    everywhere = SimpleNamespace(refine=lambda photo, masks: SimpleNamespace(masks=np.ones_like(masks)))
+    numbers = np.array([[3, 3, 0, 9], [0, 255, 9, 9]], np.uint16)
+    expected = np.array([[3, 3, 9, 9], [9, 255, 9, 9]])
+    assert np.array_equal(refine_numbers(everywhere, np.zeros((2, 4, 3), np.uint8), numbers), expected)
+
+
+def test_labelling_folder_makes_a_folder_of_the_bundled_photo(run: Run, tmp_path: Path):
+    assert "coffee.png" in run("labelling_folder.py")
+    folder = tmp_path / "outputs" / "labelling_folder"
+    assert (picture(folder / "refined" / "coffee.png") != picture(folder / "labels" / "coffee.png")).any()
+
+
+def test_supervision_detections(run: Run, tmp_path: Path):
+    pytest.importorskip("supervision", reason="supervision is not installed: pip install supervision")
+    out = run("supervision_detections.py")
+    assert out.startswith("detection 0: ") and not out.startswith("detection 0: 0 ")
+    assert picture(tmp_path / "outputs" / "supervision_detections.png").shape == (400, 1200, 3)
+
+
 def test_refine_coco_results(run: Run, tmp_path: Path):
     out = run("refine_coco_results.py", "--batch-size", 2)
     given = json.loads((DEMO / "detections.json").read_text())
@@ -97,6 +145,57 @@ def test_detector_features(run: Run, disc: tuple[Path, Path]):
     out = run("detector_features.py", "--photo", disc[0], "--mask", disc[1])
     assert out.startswith("0 of ")  # untrained, the residual decoder is the identity
     assert "refuses them: expected features of 64 channels" in out
+
+
+def test_torchvision_detector(run: Run, tmp_path: Path, disc: tuple[Path, Path]):
+    out = run("torchvision_detector.py", "--photo", disc[0], "--untrained", "--input-side", 64)
+    assert [line[:10] for line in out.splitlines()[:-1]] == ["instance 0", "instance 1", "instance 2"]
+    assert picture(tmp_path / "outputs" / "torchvision_detector.png").shape[2] == 3
+
+
+def test_torchvision_joint(run: Run, tmp_path: Path, disc: tuple[Path, Path]):
+    photo, mask = disc
+    entry = {"image_id": 1, "category_id": 7, "segmentation": encode(picture(mask)[None] > 0)[0]}
+    images = [{"id": index, "file_name": photo.name, "height": 120, "width": 160} for index in (1, 2)]
+    document = {"images": images, "annotations": [entry], "categories": [{"id": 7, "name": "disc"}]}
+    (tmp_path / "annotations.json").write_text(json.dumps(document))
+    folder = ["--images", photo.parent, "--annotations", tmp_path / "annotations.json"]
+    out = run("torchvision_joint.py", *folder, "--epochs", 1, "--input-side", 64)
+    assert out.startswith("epoch 0: loss_classifier ") and ", loss_refine " in out and ", loss_incoherence " in out
+    config = Refiner.from_pretrained(tmp_path / "outputs" / "torchvision_joint").config
+    assert config.feature_source == "torchvision:MaskRCNN" and config.feature_fingerprint
+
+
+@pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning")
+def test_detectron2_detector(run: Run, tmp_path: Path, disc: tuple[Path, Path]):
+    import_detectron2()
+    (tmp_path / "config.yaml").write_text(small_config().dump())
+    out = run("detectron2_detector.py", "--photo", disc[0], "--config", tmp_path / "config.yaml", "--min-score", 0.0)
+    assert [line[:10] for line in out.splitlines()[:-1]] == [f"instance {index}" for index in range(4)]
+    assert picture(tmp_path / "outputs" / "detectron2_detector.png").shape[2] == 3
+
+
+def test_mmdet_detector(run: Run, tmp_path: Path, disc: tuple[Path, Path]):
+    import_mmdet()
+    mmdet_config().dump(tmp_path / "config.py")
+    out = run("mmdet_detector.py", "--photo", disc[0], "--config", tmp_path / "config.py")
+    assert [line[:10] for line in out.splitlines()[-6:-1]] == [f"instance {index}" for index in range(5)]
+    assert picture(tmp_path / "outputs" / "mmdet_detector.png").shape == (120, 320, 3)
+
+
+def test_detr(run: Run, tmp_path: Path):
+    pytest.importorskip("transformers", minversion="5.4", reason="transformers is not installed")
+    out = run("detr.py")
+    assert [line[:8] for line in out.splitlines()[:-1]] == ["query 0:", "query 1:", "query 2:"]
+    assert picture(tmp_path / "outputs" / "detr.png").std() > 0
+
+
+def test_mask2former(run: Run, tmp_path: Path):
+    pytest.importorskip("transformers", minversion="5.4", reason="transformers is not installed")
+    pytest.importorskip("scipy", reason="scipy, with which transformers matches queries, is not installed")
+    out = run("mask2former.py", "--steps", 1)
+    assert "step 0: loss_refine 0." in out and "instances in a map of (400, 600)" in out
+    assert (tmp_path / "outputs" / "mask2former" / "laterals.safetensors").exists()
 
 
 def test_every_example_is_short_and_tested():

@@ -42,6 +42,8 @@ EXCEPTIONS = {
     ("transfiner_refine.types", "transfiner_refine.functional.rle"),
     # The released model is a detector and a refiner in one: like `Refiner`, it takes the user's image.
     ("transfiner_refine.modeling.released", "transfiner_refine.inputs"),
+    # For type checkers alone: what an adapter makes, which is built on the adapter.
+    ("transfiner_refine.adapters.protocol", "transfiner_refine.adapters.joint"),
 }
 """(module, what it may import all the same)."""
 
@@ -59,8 +61,8 @@ HOSTS = {
 """Import name: host framework. The core uses torchvision too, so that only its detectors count as a host."""
 
 ADAPTERS = "transfiner_refine.adapters"
-PROTOCOL = "transfiner_refine.adapters.protocol"
-"""The one module that the adapters share."""
+SHARED = {f"{ADAPTERS}.{name}" for name in ("protocol", "joint", "saving")}
+"""The modules that the adapters share."""
 
 LOADED_ON_DEMAND = {"accelerate", "faster_coco_eval", "matplotlib", "rich", "typer"} | {
     name for name in HOSTS if not name.startswith("torchvision")
@@ -123,7 +125,12 @@ def forbidden_imports(module: str, source: str, modules: set[str]) -> list[str]:
     if module == ADAPTERS:
         forbidden = hosts
     elif part == "adapters":
-        others = [name for name in own if name.startswith(f"{ADAPTERS}.") and name not in (module, PROTOCOL)]
+        # An adapter of more than one file names the others after the first.
+        others = [
+            name
+            for name in own
+            if name.startswith(f"{ADAPTERS}.") and name not in SHARED | {module} and not name.startswith(f"{module}_")
+        ]
         forbidden = others + (hosts if len(hosts) > 1 else [])
     elif part == "":
         forbidden = hosts + [name for name in own if part_of(name) == "adapters"]
@@ -187,6 +194,8 @@ MODULES = {
         ("adapters.mmdet", "import mmdet\nimport detectron2", False),
         ("adapters.mmdet", "from transfiner_refine import Refiner\nfrom .protocol import Prediction", True),
         ("adapters.mmdet", "from .torchvision import TorchvisionAdapter", False),
+        ("adapters.mmdet", "from .mmdet_heads import Head", True),
+        ("adapters.torchvision", "from .mmdet_heads import Head", False),
         ("adapters", "def adapt(model):\n    from .mmdet import MMDetAdapter", True),
         ("adapters", "import mmdet", False),
     ],

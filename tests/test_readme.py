@@ -40,6 +40,7 @@ NEED_THE_NETWORK = ("released.md",)
 SHORTENED = {
     "python benchmarks/quality.py": "--limit 2 --no-grabcut --no-oracle",
     "python benchmarks/scaling.py": "--repeats 1 --no-memory",
+    "python benchmarks/detector.py": "--limit 2",
 }
 """Benchmarks, and what makes a run of minutes a short one."""
 
@@ -88,7 +89,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).mkdir()
     shutil.copy(DEMO / "chelsea.jpg", folder / "photos" / "000000000001.jpg")
     Image.fromarray(decode(entry["segmentation"], size).astype(np.uint8) * 255).save(folder / "masks" / "cat.png")
-    write_json_atomic(folder / "dets.json", [entry])
+    for name in ("dets.json", "coarse.json", "refined.json"):
+        write_json_atomic(folder / name, [entry])
+    image = {"id": entry["image_id"], "file_name": "000000000001.jpg", "height": size[0], "width": size[1]}
+    truth = {"images": [image], "annotations": [{"id": 1, **entry}], "categories": [{"id": 17, "name": "cat"}]}
+    write_json_atomic(folder / "annotations.json", truth)
     for name in ("benchmarks", "examples"):
         (folder / name).symlink_to(REPOSITORY / name)
     return folder
@@ -130,14 +135,15 @@ def test_commands_run_and_write_their_output(command: str, folder: Path, monkeyp
         run_here(command, monkeypatch)
     else:
         run_in_shell(command, folder)
-    outputs = [value for option, value in pairwise(shlex.split(command)) if option == "--output"]
+    outputs = [value for option, value in pairwise(shlex.split(command)) if option in ("--output", "--json")]
     for output in outputs or ["outputs/demo"]:
         assert Path(output).exists(), f"{command}: wrote no {output}"
 
 
-def test_quality_command_runs(folder: Path, data_root: Path):
-    (command,) = (x for x in COMMANDS if x.startswith("python benchmarks/quality.py"))
-    run_in_shell(f"{command} {SHORTENED['python benchmarks/quality.py']}", folder)
+@pytest.mark.parametrize("benchmark", ["python benchmarks/quality.py", "python benchmarks/detector.py"])
+def test_benchmarks_on_photos_run(benchmark: str, folder: Path, data_root: Path):
+    (command,) = (x for x in COMMANDS if x.startswith(benchmark))
+    run_in_shell(f"{command} {SHORTENED[benchmark]}", folder)
 
 
 @pytest.mark.slow
@@ -153,6 +159,7 @@ def test_the_readme_has_what_is_run():
         "demo",
         "image",
         "coco",
+        "evaluate",
     }
 
 

@@ -8,7 +8,7 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from transfiner_refine.errors import InvalidInputError
-from transfiner_refine.functional.rle import decode, decode_batch, encode
+from transfiner_refine.functional.rle import compress, decode, decode_batch, encode
 
 SIZE = (37, 53)
 
@@ -52,6 +52,19 @@ def test_encode_agrees_with_pycocotools_and_is_ready_for_json(masks):
     assert json.loads(json.dumps(encoded)) == encoded
     for rle, mask in zip(encoded, masks, strict=True):
         assert rle == {"size": list(SIZE), "counts": by_pycocotools(mask)["counts"].decode()}
+
+
+def test_compress_brings_every_form_to_that_of_encode(masks):
+    polygon = [[10, 5, 50, 5, 50, 30, 10, 30]]
+    assert compress(polygon, SIZE) == encode(masks[1:2])[0]
+    for mask, code in zip(masks, encode(masks), strict=True):
+        plain = {"size": list(SIZE), "counts": plain_counts(mask)}
+        for form in (code, by_pycocotools(mask), plain):
+            assert compress(form, SIZE) == code
+    with pytest.raises(InvalidInputError, match="belongs to another image"):
+        compress(encode(masks)[0], (SIZE[1], SIZE[0]))
+    with pytest.raises(InvalidInputError, match="damaged or cut short"):
+        compress({"size": list(SIZE), "counts": "zz~"}, SIZE)
 
 
 def test_decode_takes_what_pycocotools_wrote_as_bytes_or_text(masks):

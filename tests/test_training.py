@@ -1,37 +1,17 @@
-"""Training: targets that form a quadtree, losses that teach, and runs that go on exactly where they stopped."""
+"""Training: targets that form a quadtree, and losses that teach."""
 
 import math
-import multiprocessing
-import resource
-import time
-from collections import Counter
-from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from small_models import discs
 from torch import Tensor
-from training_runs import (
-    DEPTH,
-    OBJECTS,
-    SIX_STEPS,
-    Discs,
-    checkpoint,
-    disc_sample,
-    metrics,
-    run,
-    run_and_hang,
-    tiny_model,
-    weights,
-)
+from training_runs import DEPTH, disc_sample, tiny_model
 
-from transfiner_refine import InvalidInputError, Refiner
 from transfiner_refine.functional.incoherence import dilate, incoherence_levels
 from transfiner_refine.modeling.transfiner import coarse_levels
-from transfiner_refine.training.loop import EpochSampler, TrainConfig, learning_rate_factor, parameter_groups
 from transfiner_refine.training.losses import LossConfig, RefinementLoss, sample_nodes
 from transfiner_refine.training.targets import make_targets
 from transfiner_refine.types import LevelNodes
@@ -229,157 +209,3 @@ class TestLosses:
         assert mean("loss", last) < 0.6 * mean("loss", slice(0, 2))
         assert mean("loss_incoherence", last) < 0.75 * mean("loss_incoherence", slice(0, 2))
         assert mean("wrong_after", last) < 0.7 * mean("wrong_before", last)
-
-
-class TestSchedule:
-    def test_every_object_once_an_epoch_from_any_step(self):
-        sampler = EpochSampler(11, seed=3)
-        first = list(sampler)
-        assert sorted(first) == list(range(11)) and first == list(sampler)
-        sampler.start = 4
-        assert list(sampler) == first[4:] and len(sampler) == 7
-        sampler.epoch, sampler.start = 1, 0
-        assert sorted(sampler) == list(range(11)) and list(sampler) != first
-
-    def test_learning_rate(self):
-        config = TrainConfig(steps=100, warmup=10, decay=0.2)
-        factors = [learning_rate_factor(step, config) for step in range(100)]
-        assert factors[0] == 0.1 and factors[9:81] == [1.0] * 72
-        assert factors[90] == 0.5 and factors[99] == 0.05
-
-    def test_norms_biases_and_embeddings_do_not_decay(self):
-        model = tiny_model()
-        assert model.image_encoder is not None
-        model.image_encoder.backbone.freeze(3)
-        groups = parameter_groups(model, TrainConfig(steps=1, weight_decay=0.1, backbone_scale=0.2))
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
-        seen = Counter(id(parameter) for group in groups for parameter in group["params"])
-        assert set(seen.values()) == {1} and len(seen) == sum(p.requires_grad for p in model.parameters())
-        for group in groups:
-            for parameter in group["params"]:
-                name = names[id(parameter)]
-                decays = parameter.ndim > 1 and name != "transfiner.node_encoder.level.weight"
-                assert group["weight_decay"] == (0.1 if decays else 0.0), name
-                assert group["scale"] == (0.2 if ".backbone." in name else 1.0), name
-
-
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six steps in one go, each two followed by a checkpoint."""
-    directory = tmp_path_factory.mktemp("whole")
-    run(directory)
-    return directory
-
-
-def assert_same_state(a: Path, b: Path) -> None:
-    """Bit by bit: weights, their average and the optimiser."""
-    for part in ("model", "average"):
-        ours, theirs = checkpoint(a)[part], checkpoint(b)[part]
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    ours, theirs = (checkpoint(directory)["optimizer"]["state"] for directory in (a, b))
-    assert all(torch.equal(ours[i][name], theirs[i][name]) for i in theirs for name in theirs[i])
-
-
-class TestRuns:
-    def test_what_a_run_leaves(self, whole_run: Path):
-        assert {path.name for path in whole_run.iterdir()} == {"last.pt", "metrics.jsonl", "best"}
-        records = metrics(whole_run)
-        assert [record["step"] for record in records] == [2, 4, 6]
-        for name in ("loss_refine", "loss_incoherence", "recall", "wrong_after", "samples_per_s", "score"):
-            assert all(math.isfinite(record[name]) for record in records), name
-        assert checkpoint(whole_run)["step"] == 6
-        assert Refiner.from_pretrained(whole_run / "best").config == tiny_model().config
-
-    def test_it_trains_what_is_not_frozen(self, whole_run: Path):
-        before, after = tiny_model().state_dict(), weights(whole_run)
-        for name in before:
-            frozen = any(f"backbone.stages.{stage}." in name for stage in range(SIX_STEPS.frozen_stages))
-            assert torch.equal(before[name], after[name]) == frozen, name
-
-    def test_the_backbone_has_a_learning_rate_of_its_own(self, tmp_path: Path):
-        run(tmp_path, config=replace(SIX_STEPS, steps=1, backbone_scale=0.0))
-        before, after = tiny_model().state_dict(), weights(tmp_path)
-        assert all(torch.equal(before[name], after[name]) for name in before if ".backbone." in name)
-        changed = "transfiner.incoherence_detector.classifier.weight"
-        assert not torch.equal(before[changed], after[changed])
-
-    def test_the_best_is_kept_and_what_is_judged_is_the_average(self, tmp_path: Path):
-        scores, judged = [0.1, 0.9, 0.5], []
-
-        def validate(refiner: Refiner) -> dict[str, float]:
-            judged.append({name: value.clone() for name, value in refiner.model.state_dict().items()})
-            return {"score": scores[len(judged) - 1]}
-
-        run(tmp_path, validate=validate)
-        best = Refiner.from_pretrained(tmp_path / "best").model.state_dict()
-        assert all(torch.equal(best[name], judged[1][name].half().float()) for name in best)
-        average = checkpoint(tmp_path)["average"]
-        assert all(torch.equal(average[f"module.{name}"], judged[2][name]) for name in best)
-        assert checkpoint(tmp_path)["best"] == 0.9
-
-    def test_a_finished_run_does_nothing_more(self, whole_run: Path):
-        before = (whole_run / "last.pt").read_bytes()
-        dataset = Discs()
-        run(whole_run, dataset)
-        assert dataset.seen == [] and (whole_run / "last.pt").read_bytes() == before
-
-    def test_interrupted_and_resumed_equals_one_go(self, whole_run: Path, tmp_path: Path):
-        """Stopped in step 5, resumed from step 3, in the middle of the second epoch."""
-
-        def stop() -> None:
-            raise KeyboardInterrupt
-
-        config = replace(SIX_STEPS, validate_every=3)
-        first, second = Discs(limit=9, at_limit=stop), Discs()
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path, first, config)
-        assert checkpoint(tmp_path)["step"] == 3 and [r["step"] for r in metrics(tmp_path)] == [3]
-        run(tmp_path, second, config)
-        assert [record["step"] for record in metrics(tmp_path)] == [3, 6]
-        assert_same_state(tmp_path, whole_run)
-        assert first.seen[:6] + second.seen == samples_of_six_steps()
-
-    def test_killed_it_loses_no_more_than_the_steps_since_its_checkpoint(self, whole_run: Path, tmp_path: Path):
-        process = multiprocessing.get_context("spawn").Process(target=run_and_hang, args=(tmp_path,))
-        process.start()
-        try:
-            deadline = time.monotonic() + 300
-            while len(metrics(tmp_path)) < 2 and process.is_alive() and time.monotonic() < deadline:
-                time.sleep(0.05)
-        finally:
-            process.kill()
-            process.join()
-        assert process.exitcode == -9 and [record["step"] for record in metrics(tmp_path)] == [2, 4]
-        (tmp_path / "last.tmp").write_bytes(b"half of a checkpoint")
-        dataset = Discs()
-        run(tmp_path, dataset)
-        assert len(dataset.seen) == 4 and [record["step"] for record in metrics(tmp_path)] == [2, 4, 6]
-        assert_same_state(tmp_path, whole_run)
-
-    def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(self, tmp_path: Path):
-        run(tmp_path, config=replace(SIX_STEPS, steps=2))
-        before = (tmp_path / "last.pt").read_bytes()
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-        def fill_the_disk(refiner: Refiner) -> dict[str, float]:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
-            return {"score": -1.0}
-
-        try:
-            with pytest.raises((OSError, RuntimeError)):
-                run(tmp_path, config=replace(SIX_STEPS, steps=4), validate=fill_the_disk)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert (tmp_path / "last.pt").read_bytes() == before
-
-    def test_fewer_objects_than_a_batch(self, tmp_path: Path):
-        with pytest.raises(InvalidInputError, match="one batch of 16 objects, got 5 objects: lower batch_size"):
-            run(tmp_path, config=replace(SIX_STEPS, batch_size=16))
-
-
-def samples_of_six_steps() -> list[tuple[int, int]]:
-    """Three epochs of two batches of two, the fifth object of each left out."""
-    sampler, samples = EpochSampler(OBJECTS, SIX_STEPS.seed), []
-    for sampler.epoch in range(3):
-        samples += [(sampler.epoch, index) for index in list(sampler)[:4]]
-    return samples

@@ -23,6 +23,8 @@ from torch import Tensor
 
 from transfiner_refine import visualize
 from transfiner_refine.commands.convert import convert
+from transfiner_refine.commands.evaluate import evaluate
+from transfiner_refine.commands.train import train
 from transfiner_refine.config import RefineOptions
 from transfiner_refine.data.coco import (
     Result,
@@ -65,6 +67,9 @@ Depth = Annotated[int | None, typer.Option(help="Quadtree levels to refine.", sh
 TokenBudget = Annotated[int, typer.Option(help="Tokens held at once; bounds memory.")]
 KeepIfIouBelow = Annotated[
     float, typer.Option(help="Keep the coarse mask if its IoU with the refined one is lower; 0 never does.")
+]
+KeepIfGainBelow = Annotated[
+    float, typer.Option(help="Keep the coarse mask if the refined one promises less Boundary IoU; -1 never does.")
 ]
 Encode = Annotated[
     Literal["auto", "image", "crops"],
@@ -127,6 +132,7 @@ def image(
     depth: Depth = None,
     token_budget: TokenBudget = DEFAULTS.token_budget,
     keep_if_iou_below: KeepIfIouBelow = DEFAULTS.keep_if_iou_below,
+    keep_if_gain_below: KeepIfGainBelow = DEFAULTS.keep_if_gain_below,
     encode: Encode = DEFAULTS.encode,
 ) -> None:
     """Refine the masks of one photo, and draw them."""
@@ -139,6 +145,7 @@ def image(
         depth=depth,
         token_budget=token_budget,
         keep_if_iou_below=keep_if_iou_below,
+        keep_if_gain_below=keep_if_gain_below,
         encode=encode,
         return_quadtree=True,
     )
@@ -176,10 +183,17 @@ def coco(
     depth: Depth = None,
     token_budget: TokenBudget = DEFAULTS.token_budget,
     keep_if_iou_below: KeepIfIouBelow = DEFAULTS.keep_if_iou_below,
+    keep_if_gain_below: KeepIfGainBelow = DEFAULTS.keep_if_gain_below,
     encode: Encode = DEFAULTS.encode,
 ) -> None:
     """Refine every mask of a COCO results file; all else in it stays as it is."""
-    options = RefineOptions(depth=depth, token_budget=token_budget, keep_if_iou_below=keep_if_iou_below, encode=encode)
+    options = RefineOptions(
+        depth=depth,
+        token_budget=token_budget,
+        keep_if_iou_below=keep_if_iou_below,
+        keep_if_gain_below=keep_if_gain_below,
+        encode=encode,
+    )
     results = load_results(predictions)
     groups = group_by_image(results)
     paths = find_images(images, groups, None if annotations is None else load_image_index(annotations))
@@ -200,6 +214,8 @@ def coco(
 
 
 app.command()(convert)
+app.command()(evaluate)
+app.command()(train)
 
 
 def _load(model: str | None, device: str | None) -> Refiner:

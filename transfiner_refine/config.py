@@ -25,6 +25,8 @@ class TransfinerConfig:
 
     Attributes:
         feature_source: What made the features: ``"image_encoder"`` or the name of an adapter.
+        backbone: Backbone of the image encoder, ``"efficientnet_lite0"`` or ``"efficientnet_lite2"``; without effect on
+            a detector's features.
         feature_channels: Channels of every map of the feature pyramid.
         strides: Strides of the pyramid's maps in pixels, finest first, each twice the one before.
         canonical_level: Level of a RoI of 224 pixels (paper, RoI pyramid); a map of stride ``s`` is level ``log2(s)``.
@@ -50,6 +52,7 @@ class TransfinerConfig:
     """
 
     feature_source: str = "detector"
+    backbone: str = "efficientnet_lite0"
     feature_channels: int = 256
     strides: tuple[int, ...] = (4, 8, 16, 32)
     canonical_level: int = 4
@@ -132,7 +135,7 @@ class RefineOptions:
     token_budget: int = 16384
     max_nodes: int | None = None
     keep_if_iou_below: float = 0.5
-    keep_if_gain_below: float = 0.0
+    keep_if_gain_below: float = 0.02
     encode: Literal["auto", "image", "crops"] = "auto"
     return_quadtree: bool = False
 

@@ -15,3 +15,7 @@ class WeightsError(TransfinerError):
 
 class MissingDependencyError(TransfinerError, ImportError):
     """An optional package is needed and not installed."""
+
+
+class TrainingError(TransfinerError):
+    """A training run cannot go on."""

@@ -44,7 +44,7 @@ def load_results(path: Path | str) -> list[Result]:
         InvalidInputError: If the file cannot be read, is not JSON or not a list, or an entry lacks ``image_id`` or
             ``segmentation`` or has a malformed ``bbox``; the message says which entry.
     """
-    results = _load_json(path)
+    results = load_json(path)
     if isinstance(results, dict):
         remedy = (
             "that is an annotations file, which names images and not predictions"
@@ -247,7 +247,12 @@ def _find_by_stem(folder: Path, image_ids: list[ImageId]) -> dict[ImageId, Path]
     return {image_id: files[image_id][0] for image_id in image_ids}
 
 
-def _load_json(path: Path | str) -> Any:
+def load_json(path: Path | str) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        InvalidInputError: If the file cannot be read or is not JSON.
+    """
     try:
         return json.loads(Path(path).read_bytes())
     except OSError as error:
@@ -258,7 +263,7 @@ def _load_json(path: Path | str) -> Any:
 
 def _section(path: Path | str, name: str) -> list[Any]:
     """Read one list of an annotations file."""
-    document = _load_json(path)
+    document = load_json(path)
     section = document.get(name) if isinstance(document, dict) else None
     if not isinstance(section, list):
         found = f"an object with the keys {_named(list(document))}" if isinstance(document, dict) else "no object"

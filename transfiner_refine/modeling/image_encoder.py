@@ -1,13 +1,13 @@
-"""The image encoder: EfficientNet-Lite0 and a light FPN, so that any image can be refined without a detector."""
+"""The image encoder: EfficientNet-Lite and a light FPN, so that any image can be refined without a detector."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transfiner_refine.modeling.efficientnet_lite import EfficientNetLite0
+from transfiner_refine.modeling.efficientnet_lite import EfficientNetLite
 from transfiner_refine.types import FeaturePyramid
 
 ACTIVATION_DEVIATION = (10.0, 11.0, 7.0, 4.0, 1.7)
-"""Rough standard deviation of the ImageNet backbone's maps on photos, which the laterals expect scaled to one."""
+"""Rough standard deviation of the ImageNet backbones' maps on photos, which the laterals expect scaled to one."""
 
 
 class ImageEncoder(nn.Module):
@@ -15,6 +15,7 @@ class ImageEncoder(nn.Module):
 
     Args:
         channels: Width of every output map.
+        backbone: One of :data:`~transfiner_refine.modeling.efficientnet_lite.VARIANTS`.
 
     Note:
         Each map above stride 2 is smoothed by a 3×3 convolution. At stride 2 that convolution alone would cost four
@@ -22,9 +23,9 @@ class ImageEncoder(nn.Module):
         and the upsampled map are only added.
     """
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, backbone: str = "efficientnet_lite0"):
         super().__init__()
-        self.backbone = EfficientNetLite0()
+        self.backbone = EfficientNetLite(backbone)
         self.scale = tuple(1 / deviation for deviation in ACTIVATION_DEVIATION)
         self.lateral = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in self.backbone.channels)
         self.smooth = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in self.backbone.channels[1:])

@@ -4,7 +4,7 @@ from torch import nn
 
 from transfiner_refine.config import TransfinerConfig
 from transfiner_refine.errors import InvalidInputError
-from transfiner_refine.modeling.efficientnet_lite import EfficientNetLite0
+from transfiner_refine.modeling.efficientnet_lite import EfficientNetLite
 from transfiner_refine.modeling.gain import GainPredictor
 from transfiner_refine.modeling.image_encoder import ImageEncoder
 from transfiner_refine.modeling.transfiner import MaskTransfiner
@@ -27,11 +27,13 @@ class RefinerModel(nn.Module):
 
     def __init__(self, config: TransfinerConfig):
         super().__init__()
-        if config.feature_source == IMAGE_ENCODER and config.strides != EfficientNetLite0.strides:
+        if config.feature_source == IMAGE_ENCODER and config.strides != EfficientNetLite.strides:
             raise InvalidInputError(
-                f"expected strides {EfficientNetLite0.strides}, those of the image encoder, got {config.strides}"
+                f"expected strides {EfficientNetLite.strides}, those of the image encoder, got {config.strides}"
             )
         self.config = config
-        self.image_encoder = ImageEncoder(config.feature_channels) if config.feature_source == IMAGE_ENCODER else None
+        self.image_encoder = None
+        if config.feature_source == IMAGE_ENCODER:
+            self.image_encoder = ImageEncoder(config.feature_channels, config.backbone)
         self.transfiner = MaskTransfiner(config)
         self.gain_predictor = GainPredictor() if config.predicts_gain else None

@@ -19,7 +19,7 @@ from torch import Tensor
 from transfiner_refine.functional.boxes import expand_boxes
 from transfiner_refine.functional.paste import paste
 from transfiner_refine.inputs import as_image
-from transfiner_refine.modeling.released_branch import SIDE, TOKEN_BUDGET, ReleasedMaskBranch, ReleasedMasks
+from transfiner_refine.modeling.released_branch import TOKEN_BUDGET, ReleasedMaskBranch, ReleasedMasks
 from transfiner_refine.modeling.released_detector import PIXEL_MEANS, ReleasedNetwork
 from transfiner_refine.modeling.released_files import load_directory, translate_checkpoint
 from transfiner_refine.modeling.released_hub import find_released
@@ -235,7 +235,21 @@ def in_image_frame(
     boxes = (boxes * scale).clamp(min=0).minimum(limit)
     keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
     boxes, probs, scores, labels = boxes[keep], probs[keep], scores[keep], labels[keep]
-    masks = torch.zeros((boxes.shape[0], height, width), dtype=torch.bool, device=boxes.device)
-    # Detectron2 interpolates as if zeros lay around the crop, so that a mask fades out across the edge of its box.
-    paste(F.pad(probs, (1, 1, 1, 1)), expand_boxes(boxes, 1 / SIDE), masks)
+    masks = paste_crops(boxes, probs, image_size)
     return Instances(boxes, masks, image_size, scores=scores, labels=labels, probs=probs, rois=boxes)
+
+
+def paste_crops(boxes: Tensor, probs: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """Paste masks as Detectron2 does: interpolated as if zeros lay around, so that they fade out across the box edge.
+
+    Args:
+        boxes: ``(N, 4)`` float32 xyxy, image pixels.
+        probs: ``(N, S, S)`` float, box frame.
+        image_size: ``(H, W)``.
+
+    Returns:
+        ``(N, H, W)`` bool.
+    """
+    masks = torch.zeros((boxes.shape[0], *image_size), dtype=torch.bool, device=boxes.device)
+    paste(F.pad(probs, (1, 1, 1, 1)), expand_boxes(boxes, 1 / probs.shape[-1]), masks)
+    return masks

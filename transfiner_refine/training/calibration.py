@@ -49,7 +49,7 @@ def with_gain_predictor(model: RefinerModel) -> RefinerModel:
     Args:
         model: Not changed; a gain predictor that it has is replaced.
     """
-    copy = RefinerModel(replace(model.config, predicts_gain=True))
+    copy = type(model)(replace(model.config, predicts_gain=True))
     assert copy.gain_predictor is not None
     fresh = {f"gain_predictor.{name}": value for name, value in copy.gain_predictor.state_dict().items()}
     copy.load_state_dict({**model.state_dict(), **fresh})

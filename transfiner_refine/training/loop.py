@@ -1,240 +1,322 @@
-"""One training loop on Hugging Face accelerate: seeded, resumable to the step, validated through the full refiner."""
+"""One training loop on Hugging Face accelerate: seeded, resumable to the step, validated through the full refiner.
+
+Every random choice depends on the seed, the step and the place in its batch alone. A run that was killed goes on as if
+nothing had happened, and one process learns what several learn together.
+"""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
-from transfiner_refine.errors import InvalidInputError
-from transfiner_refine.modeling.hub import save_model
+from transfiner_refine.data.coco import write_atomic
+from transfiner_refine.data.crops import CropSample, init_worker
+from transfiner_refine.errors import MissingDependencyError, TrainingError
+from transfiner_refine.modeling.hub import CARD, save_model
 from transfiner_refine.modeling.model import RefinerModel
 from transfiner_refine.refiner import Refiner
+from transfiner_refine.training.checkpoint import (
+    Progress,
+    check_record,
+    load_checkpoint,
+    save_checkpoint,
+    write_record,
+)
 from transfiner_refine.training.losses import LossConfig, RefinementLoss
+from transfiner_refine.training.metrics import Bar, MetricsLog, Record, Tracker, require_tracker
+from transfiner_refine.training.schedule import (
+    MicroBatches,
+    TrainConfig,
+    freeze,
+    learning_rate_factor,
+    mix_seed,
+    parameter_groups,
+    validation_interval,
+    warming_average,
+)
 
-CHECKPOINT = "last.pt"
-METRICS = "metrics.jsonl"
+try:
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+except ImportError as error:
+    raise MissingDependencyError(
+        'training needs accelerate, which is not installed: pip install "transfiner-refine[train]"'
+    ) from error
+
 BEST = "best"
+
+Validate = Callable[[Refiner], Record]
+"""Figures of a refiner on data that training never sees; ``score`` decides which refiner is best."""
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Schedule of one run.
+class TrainResult:
+    """How a run ended.
 
     Attributes:
-        steps: Optimiser steps.
-        batch_size: Objects per step.
-        learning_rate: Plateau of the schedule, for everything but the backbone.
-        backbone_scale: The backbone's learning rate relative to the rest.
-        frozen_stages: Backbone stages that stay as they are, 0 to 5; 5 freezes the backbone.
-        warmup: Steps of linear warm-up.
-        decay: Share of the steps, at the end, over which the learning rate falls to zero.
-        weight_decay: Of AdamW, on weight matrices only.
-        clip: Largest norm of the gradient.
-        ema: Decay of the exponential moving average of the weights, which is what is validated and saved.
-        precision: ``"bf16"`` or ``"no"``.
-        workers: Loader processes.
-        validate_every: Steps between validations, each followed by a checkpoint.
-        seed: Seed of everything random.
+        directory: The best refiner, ready for :meth:`Refiner.from_pretrained`.
+        steps: Steps made.
+        start: Figures of the refiner that training started from.
+        best: Figures of the best refiner, which may be the one that training started from.
+        ended_early: Whether the run ended before its last step, for lack of progress.
     """
 
+    directory: Path
     steps: int
-    batch_size: int = 16
-    learning_rate: float = 1e-3
-    backbone_scale: float = 0.1
-    frozen_stages: int = 5
-    warmup: int = 200
-    decay: float = 0.3
-    weight_decay: float = 1e-4
-    clip: float = 1.0
-    ema: float = 0.998
-    precision: str = "bf16"
-    workers: int = 1
-    validate_every: int = 500
-    seed: int = 0
+    start: Record
+    best: Record
+    ended_early: bool
 
 
-class EpochSampler(Sampler[int]):
-    """Every object once per epoch, in an order that depends on seed and epoch alone; can start in mid-epoch."""
-
-    def __init__(self, length: int, seed: int):
-        self.length, self.seed = length, seed
-        self.epoch, self.start = 0, 0
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        yield from torch.randperm(self.length, generator=generator).tolist()[self.start :]
-
-    def __len__(self) -> int:
-        return self.length - self.start
-
-
-def learning_rate_factor(step: int, config: TrainConfig) -> float:
-    """Factor on the peak learning rate at a step: linear warm-up, a plateau, and a linear fall to zero at the end.
-
-    Only the fall depends on the length of the run, so a run can be resumed with more steps from its plateau.
-    """
-    fall = max(1.0, config.decay * config.steps)
-    return min(1.0, (step + 1) / max(1, config.warmup), (config.steps - step) / fall)
-
-
-def warming_average(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:
-    """Exponential moving average that forgets its start: its memory grows with the steps, up to ``decay``."""
-
-    def update(averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
-        steps = int(count)
-        return torch.lerp(current, averaged, min(decay, (1 + steps) / (10 + steps)))
-
-    return update
-
-
-def parameter_groups(model: RefinerModel, config: TrainConfig) -> list[dict]:
-    """Trainable parameters by learning rate and weight decay; norms, biases and embeddings do not decay."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            decays = parameter.ndim > 1 and "level" not in name
-            groups.setdefault((".backbone." in name, decays), []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "scale": config.backbone_scale if backbone else 1.0,
-            "weight_decay": config.weight_decay if decays else 0.0,
-        }
-        for (backbone, decays), parameters in groups.items()
-    ]
+def make_accelerator() -> Accelerator:
+    """The processes and the device of a run, as ``accelerate launch`` or ``torchrun`` set them up; alone if neither."""
+    # Where the work divides differs from RoI to RoI, so that a weight may have no part in the loss of one process.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    # Under torchrun, accelerate starts gloo only if it is told that there is no other device.
+    alone = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    # The loop's own autocast, since a process has one accelerate state for all of its runs.
+    return Accelerator(cpu=alone, mixed_precision="no", kwargs_handlers=[unused])
 
 
 def train(
     model: RefinerModel,
-    dataset: Dataset,
+    dataset: Dataset[CropSample],
     directory: Path,
     config: TrainConfig,
     loss_config: LossConfig,
-    validate: Callable[[Refiner], dict[str, float]],
-) -> None:
+    validate: Validate,
+    *,
+    record: Mapping[str, Any] | None = None,
+    card: Callable[[TrainResult], str] | None = None,
+    tracker: Tracker | None = None,
+) -> TrainResult:
     """Train a refiner; a run that was interrupted goes on from its last checkpoint.
 
     Args:
-        model: The model, initialised; its backbone is frozen as ``config`` says.
+        model: The model, initialised; parts of it are frozen as ``config`` says.
         dataset: Samples of :class:`~transfiner_refine.data.crops.CropDataset`, with ``set_epoch``.
-        directory: Gets ``last.pt`` (everything to resume), ``metrics.jsonl``, and ``best/``, the refiner with the
-            highest ``score``.
+        directory: Gets ``run.json`` (what run it is), ``last.pt`` (everything to resume), ``metrics.jsonl`` and its
+            picture ``metrics.png``, and ``best/``, the refiner with the highest ``score``.
         config: Schedule.
         loss_config: Objective.
-        validate: Figures of a refiner on data that training never sees; ``score`` decides which one is best.
+        validate: Judges the averaged weights, before the first step and as often as ``config`` says; called by every
+            process with equal weights, and to return the same in each.
+        record: What else makes the run what it is, such as its data: a directory with another record is refused.
+        card: Model card of ``best/``; None leaves a general one.
+        tracker: Where the records go besides ``metrics.jsonl``.
+
+    Returns:
+        Where the best refiner is, and the figures of it and of the start.
 
     Raises:
-        InvalidInputError: If the dataset has fewer objects than one batch.
+        InvalidInputError: If the data set has fewer objects than one batch, the processes cannot share a batch, or the
+            directory holds another run.
+        TrainingError: If the gradient stays infinite or undefined; the last checkpoint is kept.
+        MissingDependencyError: If the tracker is not installed.
     """
-    torch.set_flush_denormal(True)
-    accelerator = Accelerator(mixed_precision=config.precision)
-    directory.mkdir(parents=True, exist_ok=True)
-    if model.image_encoder is not None:
-        model.image_encoder.backbone.freeze(config.frozen_stages)
-    objective = RefinementLoss(model, loss_config)
-    optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config.learning_rate, fused=True)
-    average = AveragedModel(model, avg_fn=warming_average(config.ema))
-    assert isinstance(dataset, Sized)
-    sampler = EpochSampler(len(dataset), config.seed)
-    loader = DataLoader(
-        dataset,
-        batch_size=config.batch_size,
-        sampler=sampler,
-        num_workers=config.workers,
-        drop_last=True,
-        persistent_workers=config.workers > 0,
-        prefetch_factor=4 if config.workers else None,
-    )
-    steps_per_epoch = len(dataset) // config.batch_size
-    if steps_per_epoch == 0:
-        raise InvalidInputError(
-            f"expected at least one batch of {config.batch_size} objects, got {len(dataset)} objects: "
-            "lower batch_size or add data"
+    if tracker is not None:
+        require_tracker()
+    settings = {"train": asdict(config), "loss": asdict(loss_config), "model": asdict(model.config), **(record or {})}
+    check_record(directory, settings)
+    run = _Run(model, dataset, directory, config, loss_config, validate, card)
+    accelerator = run.accelerator
+    accelerator.wait_for_everyone()  # nobody writes before everybody has checked
+    if accelerator.is_main_process:
+        write_record(directory, settings)
+    is_main = accelerator.is_main_process
+    run.log = MetricsLog(directory, -1 if run.is_new else run.progress.step, is_main, tracker, settings)
+    with Bar(run.progress.step, config.steps, silent=not is_main) as bar:
+        run.go(bar)
+    run.log.close()
+    return run.result()
+
+
+class _Run:
+    """The moving parts of one run, in one process of it."""
+
+    log: MetricsLog
+
+    def __init__(
+        self,
+        model: RefinerModel,
+        dataset: Dataset[CropSample],
+        directory: Path,
+        config: TrainConfig,
+        loss_config: LossConfig,
+        validate: Validate,
+        card: Callable[[TrainResult], str] | None,
+    ):
+        torch.set_flush_denormal(True)
+        assert isinstance(dataset, Sized)
+        self.dataset, self.directory, self.config = dataset, directory, config
+        self.validate, self.card = validate, card
+        self.accelerator = make_accelerator()
+        self.device = self.accelerator.device
+        self.batches = MicroBatches(
+            len(dataset), config, self.accelerator.process_index, self.accelerator.num_processes
         )
-    step, best = 0, -math.inf
-    checkpoint = directory / CHECKPOINT
-    if checkpoint.exists():
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, best = state["step"], state["best"]
-    objective, optimizer = accelerator.prepare(objective, optimizer)
-    objective.train()
-    running: dict[str, float] = {}
-    since, seen = time.perf_counter(), 0
-    while step < config.steps:
-        epoch, done = divmod(step, steps_per_epoch)
-        sampler.epoch, sampler.start = epoch, done * config.batch_size
-        dataset.set_epoch(epoch)  # type: ignore[attr-defined]
-        for batch in loader:
-            # Seeded by the step, so that a resumed run draws what an uninterrupted one would have drawn.
-            torch.manual_seed(config.seed * 1_000_003 + step)
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * group["scale"] * learning_rate_factor(step, config)
-            with accelerator.autocast():
-                losses = objective(batch.image, batch.roi, batch.coarse, batch.target, batch.weight)
-            loss = sum((value for name, value in losses.items() if name.startswith("loss")), start=torch.zeros(()))
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(model.parameters(), config.clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            average.update_parameters(model)
-            step, seen = step + 1, seen + 1
-            for name, value in losses.items():
-                running[name] = running.get(name, 0.0) + float(value.detach())
-            if step % config.validate_every == 0 or step == config.steps:
-                record = {"step": step, "samples_per_s": seen * config.batch_size / (time.perf_counter() - since)}
-                record |= {name: value / seen for name, value in running.items()}
+        self.interval = validation_interval(config, self.batches.steps)
+        self.model = model.to(self.device)
+        freeze(model, config)
+        fused = self.device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config.learning_rate, fused=fused)
+        self.average = AveragedModel(model, avg_fn=warming_average(config.ema))
+        resumed = load_checkpoint(directory, model, self.average, self.optimizer)
+        self.progress = resumed or Progress()
+        self.is_new = resumed is None
+        self.objective = self.accelerator.prepare(RefinementLoss(model, loss_config)).train()
+        self.loader = DataLoader(
+            dataset,
+            batch_sampler=self.batches,
+            num_workers=config.workers,
+            worker_init_fn=init_worker,
+            persistent_workers=config.workers > 0,
+            prefetch_factor=4 if config.workers else None,
+            pin_memory=self.device.type == "cuda",
+        )
+        self.seconds = 0.0  # of training since the last record
+        self.since = 0  # steps of this process in these seconds
+
+    def go(self, bar: Bar) -> None:
+        """Train until the last step, or until nothing improves."""
+        progress, config = self.progress, self.config
+        if self.is_new:
+            self._judge(bar)
+        while progress.step < config.steps and not self._is_stalled():
+            batches = self._epoch()
+            for _ in range(min(self.batches.steps - self.batches.start, config.steps - progress.step)):
                 started = time.perf_counter()
-                averaged: RefinerModel = average.module  # type: ignore[assignment]
-                record |= validate(Refiner(averaged))
-                record["validation_s"] = time.perf_counter() - started
-                if record["score"] > best:
-                    best = record["score"]
-                    save_model(averaged, directory / BEST)
-                save_checkpoint(checkpoint, model, average, optimizer, step, best)
-                with (directory / METRICS).open("a") as file:
-                    file.write(json.dumps(record) + "\n")
-                accelerator.print({k: round(v, 4) for k, v in record.items()})
-                running, seen, since = {}, 0, time.perf_counter()
-                objective.train()
-            if step >= config.steps:
-                break
+                self._step(batches)
+                self.seconds, self.since = self.seconds + time.perf_counter() - started, self.since + 1
+                bar.advance()
+                last = progress.step == config.steps
+                if last or progress.step % self.interval == 0:
+                    self._judge(bar)
+                    if self._is_stalled():
+                        return
+                else:
+                    if progress.step % config.log_every == 0:
+                        self._record()
+                    if progress.step % config.save_every == 0:
+                        self._save()
 
+    def _is_stalled(self) -> bool:
+        """Whether the last validations were all without progress."""
+        return self.config.patience is not None and self.progress.stale >= self.config.patience
 
-def save_checkpoint(
-    path: Path,
-    model: nn.Module,
-    average: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    step: int,
-    best: float,
-) -> None:
-    """Write everything that a resumed run needs, in one file that is complete or not there."""
-    temporary = path.with_suffix(".tmp")
-    state = {
-        "model": model.state_dict(),
-        "average": average.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "step": step,
-        "best": best,
-    }
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    def _epoch(self) -> Iterator[CropSample]:
+        """The micro-batches that are left of the epoch in which the run stands."""
+        self.batches.epoch, self.batches.start = divmod(self.progress.step, self.batches.steps)
+        self.dataset.set_epoch(self.batches.epoch)  # type: ignore[attr-defined]
+        return iter(self.loader)
 
+    def _step(self, batches: Iterator[CropSample]) -> None:
+        """One step of the optimiser, unless its gradient is not finite."""
+        progress, config, places = self.progress, self.config, self.batches.places
+        sums: dict[str, Tensor] = {}
+        for place in places:
+            batch = CropSample(*(column.to(self.device, non_blocking=True) for column in next(batches)))
+            torch.manual_seed(mix_seed(config.seed, progress.step, place))
+            # Gradients of the processes are averaged once a step.
+            is_last = place == places[-1]
+            with nullcontext() if is_last else self.accelerator.no_sync(self.objective):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                    losses = self.objective(batch.image, batch.roi, batch.coarse, batch.target, batch.weight)
+                loss = torch.stack([value for name, value in losses.items() if name.startswith("loss")]).sum()
+                self.accelerator.backward(loss / len(places))
+            for name, value in (losses | {"loss": loss}).items():
+                sums[name] = sums.get(name, 0) + value.detach().float() / len(places)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate * group["scale"] * learning_rate_factor(progress.step, config)
+        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip))  # type: ignore[arg-type]
+        progress.step += 1
+        if math.isfinite(norm):  # the gradient is that of all processes, so that all of them decide alike
+            self.optimizer.step()
+            self.average.update_parameters(self.model)
+            progress.skipped_in_a_row = 0
+            progress.count += 1
+            values = [*torch.stack(list(sums.values())).tolist(), norm]
+            for name, value in zip([*sums, "gradient_norm"], values, strict=True):
+                progress.losses[name] = progress.losses.get(name, 0.0) + value
+        else:
+            progress.skipped += 1
+            progress.skipped_in_a_row += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        if progress.skipped_in_a_row >= config.max_skipped:
+            raise TrainingError(
+                f"expected finite gradients, got {config.max_skipped} steps in a row without, up to step "
+                f"{progress.step}: lower the learning rate, or train with precision 'no'; the last checkpoint in "
+                f"{self.directory} is from before"
+            )
 
-def describe(config: TrainConfig, loss_config: LossConfig) -> str:
-    """Both configurations as JSON, for the record of a run."""
-    return json.dumps({"train": asdict(config), "loss": asdict(loss_config)}, indent=2)
+    def _judge(self, bar: Bar) -> None:
+        """Validate the averaged weights, keep them if they are the best so far, and save where the run stands."""
+        progress = self.progress
+        averaged: RefinerModel = self.average.module  # type: ignore[assignment]
+        started = time.perf_counter()
+        figures = self.validate(Refiner(averaged))
+        figures["validation_s"] = time.perf_counter() - started
+        is_best = figures["score"] > progress.best
+        if is_best:
+            progress.best, progress.best_step, progress.stale = figures["score"], progress.step, 0
+        else:
+            progress.stale += 1
+        record = self._record(figures)
+        bar.report({name: record[name] for name in ("step", "loss", *figures) if name in record})
+        self.log.draw()
+        if is_best and self.accelerator.is_main_process:
+            save_model(averaged, self.directory / BEST)
+            if self.card is not None:
+                write_atomic(self.directory / BEST / CARD, self.card(self.result()).encode())
+        self._save()
+
+    def _record(self, figures: Record | None = None) -> Record:
+        """Write the mean losses since the last record, and the figures of a validation."""
+        progress, config = self.progress, self.config
+        self._share_losses()
+        record: Record = {"step": progress.step, "epoch": progress.step / self.batches.steps}
+        if progress.count:
+            record |= {name: value / progress.count for name, value in progress.losses.items()}
+        if self.since:
+            record["learning_rate"] = config.learning_rate * learning_rate_factor(progress.step - 1, config)
+            record["samples_per_s"] = self.since * config.batch_size / self.seconds
+            record["skipped"] = progress.skipped
+        record |= figures or {}
+        progress.losses, progress.count = {}, 0
+        self.seconds, self.since = 0.0, 0
+        self.log.write(record)
+        return record
+
+    def _share_losses(self) -> None:
+        """Replace the sums of the losses by their mean over processes."""
+        losses = self.progress.losses
+        if losses and self.accelerator.num_processes > 1:
+            values = torch.tensor(list(losses.values()), device=self.device)
+            mean: Tensor = self.accelerator.reduce(values, reduction="mean")  # type: ignore[assignment]
+            self.progress.losses = dict(zip(losses, mean.tolist(), strict=True))
+
+    def _save(self) -> None:
+        """Write a checkpoint, unless the run may be failing."""
+        self._share_losses()
+        if self.accelerator.is_main_process and not self.progress.skipped_in_a_row:
+            save_checkpoint(self.directory, self.model, self.average, self.optimizer, self.progress)
+
+    def result(self) -> TrainResult:
+        """How the run stands."""
+        judged = {record["step"]: record for record in self.log.records if "score" in record}
+        return TrainResult(
+            directory=self.directory / BEST,
+            steps=self.progress.step,
+            start=judged[0],
+            best=judged[self.progress.best_step],
+            ended_early=self.progress.step < self.config.steps,
+        )

@@ -1,4 +1,4 @@
-"""The training objective (Mask Transfiner, Sec. 3.4, Eq. 2) and the module that computes it.
+"""The training objective (Mask Transfiner, Sec. 3.4, Eq. 2), and the module that computes it from images.
 
 R RoIs, K nodes of one level.
 """
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from transfiner_refine.functional.coarse import coarse_levels
 from transfiner_refine.functional.quadtree import rank_in_roi, take_nodes
+from transfiner_refine.functional.sampling import RoIPyramid
 from transfiner_refine.modeling.model import RefinerModel
+from transfiner_refine.modeling.transfiner import MaskTransfiner
 from transfiner_refine.training.targets import Targets, make_targets
 from transfiner_refine.types import LevelNodes
 
@@ -38,6 +40,80 @@ class LossConfig:
     incoherence_threshold: float = 0.5
 
 
+def refinement_losses(
+    transfiner: MaskTransfiner,
+    roi_pyramid: RoIPyramid,
+    coarse: Tensor,
+    truth: Tensor,
+    weight: Tensor,
+    config: LossConfig,
+) -> dict[str, Tensor]:
+    """Losses of the refinement of R RoIs (Eq. 2), whatever made their features; R may be 0, and the depth too.
+
+    Args:
+        transfiner: The paper's network.
+        roi_pyramid: Features of the RoIs.
+        coarse: ``(R, S, S)`` float32 coarse probabilities at the finest level, RoI frame.
+        truth: ``(R, 2S, 2S)`` bool, RoI frame.
+        weight: ``(R,)`` float32, weight of each object.
+        config: Weights and sampling.
+
+    Returns:
+        ``loss_refine``, ``loss_incoherence`` (weighted scalars to be summed), ``loss_cross_entropy`` if ``config`` asks
+        for it, and without gradient ``recall`` and ``precision`` of the root detector, ``wrong_before`` and
+        ``wrong_after``, the shares of refined nodes with a wrong label.
+    """
+    depth = transfiner.config.depth
+    levels = coarse_levels(coarse, depth)
+    targets = make_targets(truth, levels)
+    threshold = torch.logit(torch.tensor(config.incoherence_threshold))
+
+    def select(level: int, candidates: LevelNodes) -> Tensor:
+        # True nodes, so that every level is trained from the start, and those that inference would take.
+        wanted = targets.incoherent[level][candidates.roi, candidates.row, candidates.col]
+        return wanted | (candidates.logits.detach() > threshold)
+
+    detection = transfiner.incoherence_detector(roi_pyramid, levels, depth, select)
+    incoherence = _incoherence(detection.candidates, targets, weight)
+
+    quota = int(torch.randint(config.nodes_per_level[0], config.nodes_per_level[1] + 1, ()))
+    sampled = [sample_nodes(nodes, quota) for nodes in detection.quadtree]
+    logits = transfiner.refine_nodes(roi_pyramid, levels, detection.guidance, sampled)
+    none = weight.new_zeros(0)  # depth 0 has no level
+    label = torch.cat([none, *(c[n.roi, n.row, n.col] for c, n in zip(targets.coverage, sampled, strict=False))])
+    before = torch.cat([none, *(c[n.roi, n.row, n.col] for c, n in zip(levels, sampled, strict=False))])
+    node_weight = torch.cat([none, *(weight[n.roi] for n in sampled)])
+    after = torch.cat([none, *logits])
+    total = node_weight.sum().clamp(min=1e-6)
+    refine = (node_weight * (torch.sigmoid(after) - label).abs()).sum() / total
+    losses = {"loss_refine": config.refine_weight * refine}
+    if config.cross_entropy_weight:
+        entropy = F.binary_cross_entropy_with_logits(after, label, reduction="none")
+        losses["loss_cross_entropy"] = config.cross_entropy_weight * (node_weight * entropy).sum() / total
+    losses["loss_incoherence"] = config.incoherence_weight * incoherence
+    with torch.no_grad():
+        found = detection.root_logits > threshold
+        wanted = targets.incoherent[0]
+        hits = (found & wanted).sum()
+        losses["recall"] = hits / wanted.sum().clamp(min=1)
+        losses["precision"] = hits / found.sum().clamp(min=1)
+        count = max(1, label.numel())
+        losses["wrong_before"] = ((before >= 0.5) != (label >= 0.5)).sum() / count
+        losses["wrong_after"] = ((after >= 0) != (label >= 0.5)).sum() / count
+    return losses
+
+
+def _incoherence(candidates: Sequence[LevelNodes], targets: Targets, weight: Tensor) -> Tensor:
+    """Mean over levels of the cross-entropy over each level's candidates; zero without a level."""
+    losses = []
+    for level, cells in enumerate(candidates):
+        wanted = targets.incoherent[level][cells.roi, cells.row, cells.col].float()
+        entropy = F.binary_cross_entropy_with_logits(cells.logits, wanted, reduction="none")
+        cell_weight = weight[cells.roi]
+        losses.append((cell_weight * entropy).sum() / cell_weight.sum().clamp(min=1e-6))
+    return torch.stack(losses).mean() if losses else weight.new_zeros(())
+
+
 class RefinementLoss(nn.Module):
     """The model with its objective: images, RoIs, coarse masks and ground truth in, losses out."""
 
@@ -57,61 +133,14 @@ class RefinementLoss(nn.Module):
             weight: ``(R,)`` float32, weight of each object.
 
         Returns:
-            ``loss_refine``, ``loss_incoherence`` (weighted scalars to be summed), and without gradient ``recall`` and
-            ``precision`` of the root detector, ``wrong_before`` and ``wrong_after``, the shares of refined nodes
-            with a wrong label.
+            See :func:`refinement_losses`.
         """
         assert self.model.image_encoder is not None
-        transfiner, depth = self.model.transfiner, self.model.config.depth
         pixels = (image.float() / 255).contiguous(memory_format=torch.channels_last)
         pyramid = self.model.image_encoder(pixels)
+        transfiner = self.model.transfiner
         roi_pyramid = transfiner.roi_pyramid(pyramid, roi, torch.arange(roi.shape[0], device=roi.device))
-        levels = coarse_levels(coarse, depth)
-        targets = make_targets(truth, levels)
-        threshold = torch.logit(torch.tensor(self.config.incoherence_threshold))
-
-        def select(level: int, candidates: LevelNodes) -> Tensor:
-            # True nodes, so that every level is trained from the start, and those that inference would take.
-            wanted = targets.incoherent[level][candidates.roi, candidates.row, candidates.col]
-            return wanted | (candidates.logits.detach() > threshold)
-
-        detection = transfiner.incoherence_detector(roi_pyramid, levels, depth, select)
-        incoherence = self._incoherence(detection.candidates, targets, weight)
-
-        quota = int(torch.randint(self.config.nodes_per_level[0], self.config.nodes_per_level[1] + 1, ()))
-        sampled = [sample_nodes(nodes, quota) for nodes in detection.quadtree]
-        logits = transfiner.refine_nodes(roi_pyramid, levels, detection.guidance, sampled)
-        label = torch.cat([c[n.roi, n.row, n.col] for c, n in zip(targets.coverage, sampled, strict=True)])
-        before = torch.cat([c[n.roi, n.row, n.col] for c, n in zip(levels, sampled, strict=True)])
-        node_weight = weight[torch.cat([n.roi for n in sampled])]
-        after = torch.cat(logits)
-        total = node_weight.sum().clamp(min=1e-6)
-        refine = (node_weight * (torch.sigmoid(after) - label).abs()).sum() / total
-        losses = {"loss_refine": self.config.refine_weight * refine}
-        if self.config.cross_entropy_weight:
-            entropy = F.binary_cross_entropy_with_logits(after, label, reduction="none")
-            losses["loss_cross_entropy"] = self.config.cross_entropy_weight * (node_weight * entropy).sum() / total
-        losses["loss_incoherence"] = self.config.incoherence_weight * incoherence
-        with torch.no_grad():
-            found = detection.root_logits > threshold
-            wanted = targets.incoherent[0]
-            hits = (found & wanted).sum()
-            losses["recall"] = hits / wanted.sum().clamp(min=1)
-            losses["precision"] = hits / found.sum().clamp(min=1)
-            count = max(1, label.numel())
-            losses["wrong_before"] = ((before >= 0.5) != (label >= 0.5)).sum() / count
-            losses["wrong_after"] = ((after >= 0) != (label >= 0.5)).sum() / count
-        return losses
-
-    def _incoherence(self, candidates: Sequence[LevelNodes], targets: Targets, weight: Tensor) -> Tensor:
-        """Mean over levels of the cross-entropy over each level's candidates."""
-        losses = []
-        for level, cells in enumerate(candidates):
-            wanted = targets.incoherent[level][cells.roi, cells.row, cells.col].float()
-            entropy = F.binary_cross_entropy_with_logits(cells.logits, wanted, reduction="none")
-            cell_weight = weight[cells.roi]
-            losses.append((cell_weight * entropy).sum() / cell_weight.sum().clamp(min=1e-6))
-        return torch.stack(losses).mean()
+        return refinement_losses(transfiner, roi_pyramid, coarse, truth, weight, self.config)
 
 
 def sample_nodes(nodes: LevelNodes, quota: int) -> LevelNodes:

@@ -1,0 +1,22 @@
+"""The networks that stand in the transformer's place, by name; each is a MaskTransfiner that differs in one part.
+
+A further one needs a line in ``NETWORKS``. What the package calls, in training and inference, are ``forward`` and
+``refine_nodes`` of a MaskTransfiner, and its parts.
+"""
+
+from collections.abc import Callable
+
+from transfiner_refine.config import ROOT_SIDE, TransfinerConfig
+from transfiner_refine.modeling.transfiner import MaskTransfiner
+
+from .grids import GRID_NETWORKS, on_grid
+from .nodes import mlp
+
+NETWORKS: dict[str, Callable[[TransfinerConfig], MaskTransfiner]] = {
+    "transformer": MaskTransfiner,
+    "mlp": mlp,
+    **{f"{kind}_{ROOT_SIDE << level}": on_grid(kind, level) for kind in GRID_NETWORKS for level in (0, 1)},
+}
+"""``transformer`` is the package's own, untrained: the control of an ablation. ``mlp`` is PointRend's idea, on the same
+nodes. The others refine all cells of one resolution (paper, Tables 6 and 7): ``cnn_28``, ``transformer_56`` ...
+"""
