@@ -26,7 +26,7 @@ from transfiner_refine.evaluation import boundary_iou
 from transfiner_refine.training.calibration import calibrate_thresholds, fit_gain, with_gain_predictor
 
 ROOT = (0.6, 0.7, 0.8)
-FINER = (0.3, 0.2, 0.1)
+FINER = (0.4, 0.3, 0.2)
 
 
 def predicting(refiner: Refiner, samples: list[MatchedImage]) -> Refiner:
@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--thresholds", type=float, nargs=2, metavar=("ROOT", "FINER"), help="do not search for them")
     args = parser.parse_args()
     torch.set_flush_denormal(True)
     held_out = set(VALIDATION_LIST.read_text().split())
@@ -66,11 +67,12 @@ def main() -> None:
         return refiner
 
     scores: dict[tuple[float, float], float] = {}
-    for thresholds in itertools.product(ROOT, FINER):
+    wanted = [tuple(args.thresholds)] if args.thresholds else list(itertools.product(ROOT, FINER))
+    for thresholds in wanted if len(wanted) > 1 else []:
         record = validation(calibrated(*thresholds))
         scores[thresholds] = record["score"]
         print(thresholds, {name: round(value, 4) for name, value in record.items()}, flush=True)
-    best = max(scores, key=lambda thresholds: scores[thresholds])
+    best = max(wanted, key=lambda thresholds: scores.get(thresholds, 0.0))
     refiner = predicting(calibrated(*best), photos + list(MatchedSet(args.data / "pennfudan", limit=85)))
     print(f"{best} of {scores}: {refiner.save_pretrained(args.output)}")
 

@@ -16,7 +16,7 @@ from detectron2_host import import_detectron2, small_config
 from small_models import discs
 from torch import Tensor, nn
 
-from transfiner_refine import InvalidInputError, Refiner
+from transfiner_refine import InvalidInputError, RefineOptions, Refiner
 from transfiner_refine.adapters import adapt
 from transfiner_refine.inputs import boxes_from_masks
 
@@ -205,7 +205,8 @@ class TestInput:
     def test_a_refiner_with_an_image_encoder(self):
         model = make()
         plain = HOST.run(model, HOST.images())
-        refined = HOST.run(cases.wrapped(adapt(model), Refiner.from_pretrained()), HOST.images())
+        anything = RefineOptions(keep_if_iou_below=0.0, keep_if_gain_below=-1.0)
+        refined = HOST.run(cases.wrapped(adapt(model), Refiner.from_pretrained(), options=anything), HOST.images())
         for before, after in zip(plain, refined, strict=True):
             assert (before["masks"] != after["masks"]).flatten(1).any(dim=1).any()
             assert torch.equal(before["boxes"], after["boxes"])

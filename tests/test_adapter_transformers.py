@@ -219,6 +219,25 @@ def test_post_processing_cuts_padding_off(kind: str):
             assert {mask.bool().numpy().tobytes() for mask in one["segmentation"]} == own
 
 
+def test_what_the_processor_shows_is_refined_whatever_it_scores():
+    """Conditional DETR scores by a sigmoid, but its processor shows masks by a softmax."""
+    model: Any = make("conditional")
+    head = model.conditional_detr.class_labels_classifier
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.copy_(torch.tensor([-5.0, -8.0, -8.0]))
+    adapter: Any = adapt(model)
+    image = cases.random_scene(*SIZES[0])
+    assert len(adapter.detect([image])[0]) == 0
+    refined: Any = cases.wrapped(adapter, cases.eventful_refiner(adapter))
+    with torch.no_grad():
+        before, after = call("conditional", model, [image]), call("conditional", refined, [image])
+    shown = refined.post_process_instance_segmentation(after[0], 0.5)
+    assert len(shown[0]["segments_info"]) > 0
+    masks = results("conditional", before)[0]["masks"], results("conditional", after)[0]["masks"]
+    assert (masks[0] != masks[1]).flatten(1).any(dim=1).all()
+
+
 @pytest.mark.parametrize("kind", MASK_KINDS)
 def test_without_an_instance(kind: str):
     _, refined = identity(kind)

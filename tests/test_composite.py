@@ -1,5 +1,6 @@
 """Composites: labels follow what is pasted, and pixels follow the labels."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -136,8 +137,8 @@ def test_composites_of_a_dataset_depend_on_seed_epoch_and_index_alone(tmp_path: 
 
 def test_a_head_takes_part_of_a_neighbour_for_the_object(rng: np.random.Generator):
     mask, neighbour = rectangle(SIZE, (40, 40, 100, 120)), rectangle(SIZE, (100, 40, 160, 120))
-    exact = dict(untouched=0.0, one_pixel=0.0, displacement=0.0, offset=0.0, thinning=0.0, missing=0.0, leaks=0.0)
-    errors = CoarseErrors(**exact, box_noise=0.3, box_slip=0.0, smoothing=(0.0, 0.0), box_head=0.0, merges=1.0)
+    nothing = CoarseErrors(untouched=0.0, one_pixel=0.0, displacement=0.0, offset=0.0, thinning=0.0, missing=0.0)
+    errors = replace(nothing, leaks=0.0, box_noise=0.3, box_slip=0.0, smoothing=(0.0, 0.0), box_head=0.0, merges=1.0)
     caught = [int((simulate_coarse(mask, rng, errors, neighbour).mask & neighbour).sum()) for _ in range(40)]
     alone = [int((simulate_coarse(mask, rng, errors).mask & neighbour).sum()) for _ in range(40)]
     assert np.mean(caught) > 100 > 10 * np.mean(alone)

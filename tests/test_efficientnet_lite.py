@@ -52,8 +52,8 @@ def test_agrees_with_the_reference_implementation(variant: str, size: tuple[int,
         "efficientnet_lite_pytorch",
         reason="needs the reference implementation: pip install efficientnet-lite-pytorch==0.1.0",
     )
-    # The reference pads for one fixed image size. At 260, the size of Lite2's ImageNet training, some maps would have odd
-    # sides, and their cells another phase.
+    # The reference pads for one fixed image size. At 260, the size of Lite2's ImageNet training, some maps would have
+    # odd sides, and their cells another phase.
     reference = library.EfficientNet.from_name(variant.replace("_", "-"), image_size=224)
     reference.load_state_dict(imagenet_state_dict(variant))
     reference.eval()

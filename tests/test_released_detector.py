@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -36,6 +37,24 @@ def recorded_model(name: str) -> tuple[RecordedCase, ReleasedMaskTransfiner]:
     return case, ReleasedMaskTransfiner.from_original(case.weights(RECORDED[name]), **settings)
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """As the recordings were made: with one thread oneDNN sums in another order, and features change by up to 4e-5."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@cache
+def sums_as_recorded() -> bool:
+    """Whether this processor's convolutions give the recorded features bit by bit; needs two threads."""
+    case, model = recorded_model("full_r50")
+    with torch.no_grad():
+        features = model.backbone(normalise(case.tensors["network_input"]))
+    return torch.equal(features[3], case.tensors["fpn_p5"])
+
+
 def recorded_image(case: RecordedCase, data_root: Path) -> Tensor:
     path = data_root / case.settings["image"]
     if not path.exists():
@@ -48,6 +67,7 @@ def recorded_masks(case: RecordedCase, size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(bits.reshape(-1, *size).astype(bool))
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("name", RECORDED)
 class TestRecorded:
     @torch.no_grad()
@@ -109,9 +129,11 @@ class TestRecorded:
         torch.testing.assert_close(out.scores, recorded["scores"], atol=1e-4, rtol=0)
         assert torch.equal(out.labels, recorded["classes"])
         masks = recorded_masks(case, out.image_size)
+        # The random features change by about their deviation from pixel to pixel. Rounding in the convolutions moves a
+        # box by 1e-4 pixels, and that shows: by up to 2.1e-4 with one thread, 6.7e-5 with sums as they were recorded.
+        tolerance = 1e-4 if sums_as_recorded() else 5e-4
         for part in (slice(max_instances), slice(10, None)):
-            # The random features change by about their deviation from pixel to pixel: a box moved by 1e-4 shows.
-            torch.testing.assert_close(out.probs[part], recorded["refined_probs_112"][part], atol=5e-4, rtol=0)
+            torch.testing.assert_close(out.probs[part], recorded["refined_probs_112"][part], atol=tolerance, rtol=0)
             differ = (out.masks[part] != masks[part]).sum(dim=(1, 2))
             assert bool((differ <= 1e-3 * masks[part].sum(dim=(1, 2)) + 2).all())
 
