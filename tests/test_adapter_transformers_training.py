@@ -134,6 +134,21 @@ def test_images_without_an_instance_in_training(kind: str):
     assert losses["loss_refine"].item() == losses["loss_incoherence"].item() == 0
 
 
+@pytest.mark.parametrize("kind", ["detr", "mask2former"])
+def test_an_instance_that_resizing_has_erased_is_left_out(kind: str, monkeypatch: pytest.MonkeyPatch):
+    _, refined = identity(kind)
+    counts: list[int] = []
+    losses = refined.refinement_losses
+
+    def spy(pyramid: FeaturePyramid, rois: Tensor, *rest: Tensor) -> dict[str, Tensor]:
+        counts.append(len(rois))
+        return losses(pyramid, rois, *rest)
+
+    monkeypatch.setattr(refined, "refinement_losses", spy)
+    output, _ = train_call(kind, refined.train(), [*TWO_AND_ONE[0], (0.0, 0.0, -1.0)], TWO_AND_ONE[1])
+    assert counts == [3] and output.loss.isfinite()
+
+
 def test_coarse_masks_are_trained_through_if_wanted():
     model = make("detr")
     adapter = adapt(model)

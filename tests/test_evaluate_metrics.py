@@ -88,7 +88,7 @@ def test_boundary_ap_agrees_with_its_definition(tmp_path, seed, dilation):
 def test_lvis_ap_agrees_with_the_lvis_package(tmp_path, seed, monkeypatch):
     pytest.importorskip("lvis", reason="needs the package lvis: pip install --no-deps lvis, its OpenCV is another one")
     monkeypatch.setattr(np, "float", float, raising=False)  # lvis 0.5.3 uses the name that numpy 1.24 dropped
-    from lvis import LVIS, LVISEval, LVISResults
+    from lvis import LVIS, LVISEval, LVISResults  # pyright: ignore[reportMissingImports]
 
     annotations, results = coco_set(seed)
     lvis_path = write(tmp_path, lvis_set(annotations, seed), "lvis.json")

@@ -271,6 +271,24 @@ class TestValidation:
         record = Validation([image, image])(Refiner(RefinerModel(encoder_config(depth=1))))
         assert (record["recall_0"], record["accuracy_0"], record["nodes_0"]) == (0.6, 0.92, 10)
 
+    def test_processes_share_the_photos_and_agree(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        photo = self.photo(tmp_path)
+        images = [simulated_image(photo, disc(20 + 15 * i, 45, 18)[None], (0, i)) for i in range(5)]
+        validation, refiner = Validation(images), Refiner(eventful_model(encoder_config(depth=1)))
+        alone = validation(refiner)
+        shares = [[validation._judge(refiner, image) for image in images[rank::2]] for rank in range(2)]
+
+        def gather(everything: list, mine: list) -> None:
+            assert [len(part.scores) for part in mine] == [1] * len(shares[rank])
+            everything[:] = shares
+
+        for name, value in (("is_initialized", True), ("get_world_size", 2)):
+            monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+        monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+        for rank in range(2):
+            monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+            assert validation(refiner) == alone
+
     def test_simulated_masks_depend_on_their_seed_alone(self, tmp_path: Path):
         truth = np.stack([disc(30, 45, 22), disc(80, 45, 24)])
         one, same, other = (simulated_image(tmp_path / "photo.png", truth, (3, seed)) for seed in (1, 1, 2))
