@@ -145,7 +145,7 @@ def test_an_instance_that_resizing_has_erased_is_left_out(kind: str, monkeypatch
         return losses(pyramid, rois, *rest)
 
     monkeypatch.setattr(refined, "refinement_losses", spy)
-    output, _ = train_call(kind, refined.train(), [*TWO_AND_ONE[0], (0.0, 0.0, -1.0)], TWO_AND_ONE[1])
+    output, _ = train_call(kind, refined.train(), [*TWO_AND_ONE[0], (-9.0, -9.0, 1.0)], TWO_AND_ONE[1])
     assert counts == [3] and output.loss.isfinite()
 
 
