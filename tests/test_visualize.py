@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from transfiner_refine import visualize
+from transfiner_refine import canvas, visualize
 from transfiner_refine.errors import InvalidInputError
 from transfiner_refine.types import Instances, LevelNodes, RefineDetails
 
@@ -41,7 +41,7 @@ def nodes_of(row: list[int], col: list[int], side: int, roi: list[int] | None = 
 
 def panel(picture: np.ndarray) -> np.ndarray:
     """Cut the photo out of a picture with a frame and a caption."""
-    return picture[visualize.MARGIN :, visualize.MARGIN :][: HEIGHT * SCALE, : WIDTH * SCALE]
+    return picture[canvas.MARGIN :, canvas.MARGIN :][: HEIGHT * SCALE, : WIDTH * SCALE]
 
 
 class TestDrawMasks:
@@ -99,9 +99,9 @@ class TestBeforeAfter:
     def test_both_sides_show_their_masks(self, photo: np.ndarray):
         coarse, refined = square(20, 20, 40, 50), square(22, 20, 40, 50)
         picture = visualize.before_after(photo, instances(coarse), instances(refined), zooms=0)
-        top = visualize.MARGIN + visualize.BAR
-        left = picture[top : top + HEIGHT * SCALE, visualize.MARGIN :][:, : WIDTH * SCALE]
-        right = picture[top : top + HEIGHT * SCALE, visualize.MARGIN * 2 + WIDTH * SCALE :][:, : WIDTH * SCALE]
+        top = canvas.MARGIN + canvas.BAR
+        left = picture[top : top + HEIGHT * SCALE, canvas.MARGIN :][:, : WIDTH * SCALE]
+        right = picture[top : top + HEIGHT * SCALE, canvas.MARGIN * 2 + WIDTH * SCALE :][:, : WIDTH * SCALE]
         assert np.array_equal(left, visualize.draw_masks(photo, coarse, scale=SCALE))
         assert np.array_equal(right, visualize.draw_masks(photo, refined, scale=SCALE))
 
@@ -110,9 +110,9 @@ class TestBeforeAfter:
         plain = visualize.before_after(photo, instances(coarse), instances(refined), zooms=0)
         zoomed = visualize.before_after(photo, instances(coarse), instances(refined))
         assert zoomed.shape[0] > plain.shape[0] and zoomed.shape[1] == plain.shape[1]
-        marks = (zoomed[: plain.shape[0] - visualize.MARGIN] != plain[: -visualize.MARGIN]).any(axis=2)
+        marks = (zoomed[: plain.shape[0] - canvas.MARGIN] != plain[: -canvas.MARGIN]).any(axis=2)
         rows, columns = np.nonzero(marks[:, : plain.shape[1] // 2])
-        corner = visualize.MARGIN, visualize.MARGIN + visualize.BAR
+        corner = canvas.MARGIN, canvas.MARGIN + canvas.BAR
         assert columns.min() - corner[0] < 50 * SCALE and columns.max() - corner[0] > 52 * SCALE
         assert rows.min() - corner[1] < 21 * SCALE and rows.max() - corner[1] > 39 * SCALE
 
@@ -137,6 +137,27 @@ class TestBeforeAfter:
         empty = Instances(boxes=torch.tensor([[0, 0, 1, 1]]), masks=masks, image_size=size)
         full = Instances(boxes=torch.tensor([[0, 0, 1, 1]]), masks=~masks, image_size=size)
         assert visualize.before_after(np.zeros((*size, 3), np.uint8), empty, full).ndim == 3
+
+
+class TestCloseUps:
+    def test_left_is_coarse_and_right_is_refined(self, photo: np.ndarray):
+        coarse, refined = square(20, 20, 40, 50), square(20, 20, 40, 52)
+        picture = visualize.close_ups(photo, instances(coarse), instances(refined), zooms=1)
+        tile = canvas.MIN_WIDTH
+        assert picture.shape == (canvas.BAR + tile + canvas.MARGIN, 2 * tile + 3 * canvas.MARGIN, 3)
+        left, right = (
+            picture[canvas.BAR : canvas.BAR + tile, start : start + tile]
+            for start in (canvas.MARGIN, 2 * canvas.MARGIN + tile)
+        )
+        changed = (left != right).any(axis=2)
+        assert changed.any() and not changed[:, [0, -1]].any()
+        same = visualize.close_ups(photo, instances(coarse), instances(coarse), zooms=1)
+        assert same.shape == picture.shape, "without a change the middle of the photo is shown"
+
+    def test_other_numbers_are_refused(self, photo: np.ndarray):
+        one, two = instances(square(0, 0, 9, 9)), instances(square(0, 0, 9, 9).repeat(2, 1, 1))
+        with pytest.raises(InvalidInputError, match="expected as many coarse as refined instances"):
+            visualize.close_ups(photo, one, two)
 
 
 class TestDrawIncoherence:
@@ -203,7 +224,7 @@ class TestDrawQuadtree:
         roi = [(0.0, 0.0, 56.0, 56.0)]
         picture = self.draw(grey, nodes_of([5], [5], 28), nodes_of([10], [10], 56), rois=roi)
         scale = round(visualize.QUADTREE_SIDE / WIDTH)
-        cells = picture[visualize.MARGIN :, visualize.MARGIN :][10 * scale : 12 * scale, 10 * scale : 12 * scale]
+        cells = picture[canvas.MARGIN :, canvas.MARGIN :][10 * scale : 12 * scale, 10 * scale : 12 * scale]
         child, rest = cells[scale // 2, scale // 2].astype(int), cells[-scale // 2, -scale // 2].astype(int)
         blue, sky = np.array(visualize.LEVEL_COLORS[0]), np.array(visualize.LEVEL_COLORS[1])
         assert abs(rest - blue).sum() < abs(rest - sky).sum()

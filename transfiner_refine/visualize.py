@@ -13,14 +13,28 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from transfiner_refine.canvas import (
+    INK,
+    MARGIN,
+    MIN_WIDTH,
+    PAPER,
+    SWATCH,
+    Color,
+    Picture,
+    badge,
+    caption,
+    framed,
+    grey,
+    mixed,
+    padded,
+    ramp,
+    resized,
+    stacked,
+)
 from transfiner_refine.errors import InvalidInputError
 from transfiner_refine.types import Instances, LevelNodes
-
-Picture = NDArray[np.uint8]
-Color = tuple[int, int, int]
 
 INSTANCE_COLORS: tuple[Color, ...] = (
     (86, 180, 233),  # sky blue
@@ -47,21 +61,9 @@ ZOOM_SHARE = 0.16
 """Side of a zoomed region over the long side of the photo."""
 
 ZOOMS = 3
-MARGIN = 12
-MIN_WIDTH = 480
-"""Captions and zooms are at least this wide, however narrow the photo."""
-
-BAR = 44
-"""Height of a line of a caption."""
-
-SWATCH = 20
-"""Height of a sample of colour in it."""
-
-PAPER: Color = (255, 255, 255)
-INK: Color = (30, 30, 30)
 
 
-def draw_masks(image: Picture, masks: Tensor | NDArray[np.bool_], *, fill: float = FILL, scale: float = 1.0) -> Picture:
+def draw_masks(image: Picture, masks: Tensor | NDArray, *, fill: float = FILL, scale: float = 1.0) -> Picture:
     """Draw masks over a photo, each in its colour with a crisp outline.
 
     Args:
@@ -76,17 +78,17 @@ def draw_masks(image: Picture, masks: Tensor | NDArray[np.bool_], *, fill: float
     Raises:
         InvalidInputError: If the photo is not ``(H, W, 3)`` uint8, or the masks have another size.
     """
-    _check_image(image)
+    check_photo(image)
     masks = masks.numpy(force=True) if isinstance(masks, Tensor) else np.asarray(masks)
     if masks.ndim != 3 or masks.shape[1:] != image.shape[:2]:
         raise InvalidInputError(f"expected masks of shape (N, {image.shape[0]}, {image.shape[1]}), got {masks.shape}")
-    picture = _resized(image, scale)
+    picture = resized(image, scale)
     thickness = max(2, round(max(picture.shape) / 500))
     for index, mask in enumerate(masks):
         color = INSTANCE_COLORS[index % len(INSTANCE_COLORS)]
-        inside = _resized((mask >= 0.5).astype(np.uint8) * 255, scale) >= 128
+        inside = resized((mask >= 0.5).astype(np.uint8) * 255, scale) >= 128
         if fill:
-            picture[inside] = _mixed(picture[inside], color, fill)
+            picture[inside] = mixed(picture[inside], color, fill)
         # Continued beyond the picture, a mask that its border cuts off has no outline along the border.
         rim = thickness + 2
         continued = cv2.copyMakeBorder(inside.astype(np.uint8), rim, rim, rim, rim, cv2.BORDER_REPLICATE)
@@ -112,20 +114,43 @@ def before_after(image: Picture, coarse: Instances, refined: Instances, *, zooms
     Raises:
         InvalidInputError: If the photo is not ``(H, W, 3)`` uint8, or the instances are of another size.
     """
-    _check_image(image)
-    if {coarse.image_size, refined.image_size} != {image.shape[:2]} or len(coarse) != len(refined):
-        raise InvalidInputError(
-            f"expected as many coarse as refined instances of image size {image.shape[:2]}, got {len(coarse)} of "
-            f"{coarse.image_size} and {len(refined)} of {refined.image_size}"
-        )
-    scale = _panel_scale(image)
+    _check_pair(image, coarse, refined)
+    scale = panel_scale(image)
     regions = _changed_regions(_binary(coarse.masks), _binary(refined.masks), zooms)
     columns = [
         _column(title, image, instances.masks, regions, scale)
         for title, instances in (("Coarse", coarse), ("Refined", refined))
     ]
     gap = np.full((columns[0].shape[0], MARGIN, 3), PAPER, np.uint8)
-    return _framed(np.hstack([columns[0], gap, columns[1]]))
+    return framed(np.hstack([columns[0], gap, columns[1]]))
+
+
+def close_ups(image: Picture, coarse: Instances, refined: Instances, *, zooms: int = ZOOMS) -> Picture:
+    """Show only the regions that changed most, a row for each: coarse on the left, refined on the right.
+
+    Args:
+        image: ``(H, W, 3)`` uint8 RGB.
+        coarse: Instances before refinement.
+        refined: The same instances after it.
+        zooms: Regions to show, at most; the middle of the photo is shown if nothing changed.
+
+    Returns:
+        ``(H', W', 3)`` uint8 RGB.
+
+    Raises:
+        InvalidInputError: If the photo is not ``(H, W, 3)`` uint8, or the instances are of another size.
+    """
+    _check_pair(image, coarse, refined)
+    height, width = image.shape[:2]
+    side = min(height, width)
+    middle = ((width - side) // 2, (height - side) // 2, side)
+    regions = _changed_regions(_binary(coarse.masks), _binary(refined.masks), zooms) or [middle]
+    columns = []
+    for title, instances in (("Coarse", coarse), ("Refined", refined)):
+        tiles = [_tile(image, instances.masks, region, MIN_WIDTH) for region in regions]
+        parts = [caption(MIN_WIDTH, [(title, None)]), *(padded(tile, 0, MARGIN, 0, MARGIN) for tile in tiles)]
+        columns.append(stacked(parts))
+    return padded(np.hstack(columns), 0, 0, MARGIN, 0)
 
 
 def draw_incoherence(image: Picture, refined: Instances) -> Picture:
@@ -141,9 +166,9 @@ def draw_incoherence(image: Picture, refined: Instances) -> Picture:
     Raises:
         InvalidInputError: If the photo is not ``(H, W, 3)`` uint8, or the instances carry no details.
     """
-    _check_image(image)
+    check_photo(image)
     rois, maps = _rois(refined), _details(refined).incoherence
-    picture = _grey(_resized(image, _panel_scale(image)))
+    picture = grey(resized(image, panel_scale(image)))
     height, width = picture.shape[:2]
     probability = np.zeros((height, width), np.float32)
     scale = np.array([width / image.shape[1], height / image.shape[0]] * 2)
@@ -154,9 +179,9 @@ def draw_incoherence(image: Picture, refined: Instances) -> Picture:
         rows, columns = rows.clip(0, cells.shape[0] - 1), columns.clip(0, cells.shape[1] - 1)
         window = probability[top:bottom, left:right]
         np.maximum(window, cells[rows[:, None], columns[None]], out=window)
-    picture = _mixed(picture, _ramp(probability), probability[..., None] * 0.85)
-    bar = _ramp(np.linspace(0, 1, 120, dtype=np.float32)[None].repeat(SWATCH, axis=0))
-    return _framed(_stacked([picture, _caption(width, [("incoherence of 28 x 28 cells, 0 to 1", bar)])]))
+    picture = mixed(picture, ramp(probability), probability[..., None] * 0.85)
+    bar = ramp(np.linspace(0, 1, 120, dtype=np.float32)[None].repeat(SWATCH, axis=0))
+    return framed(stacked([picture, caption(width, [("incoherence of 28 x 28 cells, 0 to 1", bar)])]))
 
 
 def draw_quadtree(image: Picture, refined: Instances) -> Picture:
@@ -172,23 +197,31 @@ def draw_quadtree(image: Picture, refined: Instances) -> Picture:
     Raises:
         InvalidInputError: If the photo is not ``(H, W, 3)`` uint8, or the instances carry no details.
     """
-    _check_image(image)
+    check_photo(image)
     rois, quadtree = _rois(refined), _details(refined).quadtree
-    picture = _grey(_resized(image, _panel_scale(image, QUADTREE_SIDE)))
+    picture = grey(resized(image, panel_scale(image, QUADTREE_SIDE)))
     scale = np.array([picture.shape[1] / image.shape[1], picture.shape[0] / image.shape[0]] * 2)
     entries = []
     for level, nodes in enumerate(quadtree):
         color = LEVEL_COLORS[level % len(LEVEL_COLORS)]
-        inside, edges = _squares(_node_boxes(nodes, rois) * scale, (picture.shape[0], picture.shape[1]))
-        picture[inside] = _mixed(picture[inside], color, 0.45)
-        picture[edges] = _mixed(picture[edges], color, 0.9)
+        inside, edges = _squares(node_boxes(nodes, rois) * scale, (picture.shape[0], picture.shape[1]))
+        picture[inside] = mixed(picture[inside], color, 0.45)
+        picture[edges] = mixed(picture[edges], color, 0.9)
         swatch = np.full((SWATCH, SWATCH, 3), color, np.uint8)
         entries.append((f"level {level}: {len(nodes):,} nodes of {nodes.side} x {nodes.side}", swatch))
-    return _framed(_stacked([picture, _caption(picture.shape[1], entries)]))
+    return framed(stacked([picture, caption(picture.shape[1], entries)]))
 
 
-def _node_boxes(nodes: LevelNodes, rois: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Boxes of the cells of nodes: ``(K, 4)`` xyxy, image pixels."""
+def node_boxes(nodes: LevelNodes, rois: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Boxes of the cells of nodes.
+
+    Args:
+        nodes: K nodes of one level.
+        rois: ``(N, 4)`` xyxy, image pixels: the RoIs that ``nodes.roi`` counts.
+
+    Returns:
+        ``(K, 4)`` xyxy, image pixels.
+    """
     roi = rois[nodes.roi.numpy(force=True)]
     cell = (roi[:, 2:] - roi[:, :2]) / nodes.side
     index = torch.stack([nodes.col, nodes.row], dim=1).numpy(force=True)
@@ -263,21 +296,37 @@ def _column(
     tiles = []
     tile = (width - (ZOOMS - 1) * MARGIN) // ZOOMS
     for number, (x, y, side) in enumerate(regions, 1):
-        crop = np.ascontiguousarray(image[y : y + side, x : x + side])
-        part = draw_masks(crop, masks[:, y : y + side, x : x + side], fill=0, scale=tile / side)
-        part = np.asarray(cv2.resize(part, (tile, tile)), np.uint8)  # at most a pixel of rounding
-        tiles.append(_padded(_badge(part, number, (10, 10)), MARGIN, 0, 0, MARGIN))
+        part = badge(_tile(image, masks, (x, y, side), tile), number, (10, 10))
+        tiles.append(padded(part, MARGIN, 0, 0, MARGIN))
         corner, far = (round(x * scale), round(y * scale)), (round((x + side) * scale), round((y + side) * scale))
         cv2.rectangle(panel, corner, far, INK, 5)
         cv2.rectangle(panel, corner, far, PAPER, 2)
-        panel = _badge(panel, number, (corner[0] + 6, corner[1] + 6))
-    parts = [_caption(width, [(title, None)]), panel]
+        panel = badge(panel, number, (corner[0] + 6, corner[1] + 6))
+    parts = [caption(width, [(title, None)]), panel]
     if tiles:
         parts.append(np.hstack(tiles)[:, :-MARGIN])
-    return _stacked(parts)
+    return stacked(parts)
 
 
-def _check_image(image: Picture) -> None:
+def _tile(image: Picture, masks: Tensor, region: tuple[int, int, int], width: int) -> Picture:
+    """One region ``(x, y, side)`` of the photo, enlarged to a square, with the outlines of the masks."""
+    x, y, side = region
+    crop = np.ascontiguousarray(image[y : y + side, x : x + side])
+    part = draw_masks(crop, masks[:, y : y + side, x : x + side], fill=0, scale=width / side)
+    return np.asarray(cv2.resize(part, (width, width)), np.uint8)  # at most a pixel of rounding
+
+
+def _check_pair(image: Picture, coarse: Instances, refined: Instances) -> None:
+    check_photo(image)
+    if {coarse.image_size, refined.image_size} != {image.shape[:2]} or len(coarse) != len(refined):
+        raise InvalidInputError(
+            f"expected as many coarse as refined instances of image size {image.shape[:2]}, got {len(coarse)} of "
+            f"{coarse.image_size} and {len(refined)} of {refined.image_size}"
+        )
+
+
+def check_photo(image: Picture) -> None:
+    """Refuse a photo that is not ``(H, W, 3)`` uint8."""
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         found = f"{image.shape} {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
         raise InvalidInputError(f"expected the photo as numpy (H, W, 3) uint8 RGB, got {found}")
@@ -300,91 +349,7 @@ def _binary(masks: Tensor) -> Tensor:
     return masks >= 0.5 if masks.is_floating_point() else masks
 
 
-def _panel_scale(image: Picture, side: int = PANEL_SIDE) -> float:
+def panel_scale(image: Picture, side: int = PANEL_SIDE) -> float:
     """Factor that brings a photo near the size of a panel; whole where it enlarges, so that pixels stay squares."""
     factor = side / max(image.shape[:2])
     return float(max(1, round(factor))) if factor > 0.7 else factor
-
-
-def _resized(image: NDArray[np.uint8], scale: float) -> NDArray[np.uint8]:
-    """A new array of ``scale`` times the size, ``align_corners=False``."""
-    size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
-    if size == (image.shape[1], image.shape[0]):
-        return image.copy()
-    method = cv2.INTER_LINEAR if scale > 1 else cv2.INTER_AREA
-    return np.asarray(cv2.resize(image, size, interpolation=method), dtype=np.uint8)
-
-
-def _grey(image: Picture) -> Picture:
-    """The photo without colour and contrast to speak of, as ground to draw on."""
-    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-    return cv2.cvtColor((grey * 0.7 + 25).astype(np.uint8), cv2.COLOR_GRAY2RGB).astype(np.uint8)
-
-
-def _mixed(under: Picture, over: Picture | Color, opacity: float | NDArray) -> Picture:
-    mixed = under + (np.asarray(over, np.float32) - under) * np.asarray(opacity, np.float32)
-    return np.round(mixed).astype(np.uint8)
-
-
-def _ramp(values: NDArray[np.float32]) -> Picture:
-    """Colour values in [0, 1]."""
-    levels = np.round(np.clip(values, 0, 1) * 255).astype(np.uint8)
-    return cv2.cvtColor(cv2.applyColorMap(levels, cv2.COLORMAP_CIVIDIS), cv2.COLOR_BGR2RGB).astype(np.uint8)
-
-
-def _caption(width: int, entries: Sequence[tuple[str, Picture | None]]) -> Picture:
-    """Lines of text on paper, each text behind its swatch; texts that do not fit beside each other go below."""
-    rows: list[list[tuple[int, str, Picture | None]]] = [[]]
-    width, x = max(width, MIN_WIDTH), 0
-    for text, swatch in entries:
-        indent = 0 if swatch is None else swatch.shape[1] + 8
-        end = x + indent + round(_font().getlength(text))
-        if rows[-1] and end > width:
-            rows.append([])
-            x, end = 0, end - x
-        rows[-1].append((x, text, swatch))
-        x = end + 32
-    strip = np.full((BAR * len(rows), width, 3), PAPER, np.uint8)
-    for number, row in enumerate(rows):
-        middle = number * BAR + BAR // 2
-        for x, text, swatch in row:
-            if swatch is not None:
-                room = strip[middle - SWATCH // 2 :, x:]
-                room[:SWATCH, : swatch.shape[1]] = swatch[:, : room.shape[1]]
-                x += swatch.shape[1] + 8
-            strip = _text(strip, (x, middle), text, anchor="lm")
-    return strip
-
-
-def _badge(picture: Picture, number: int, corner: tuple[int, int]) -> Picture:
-    x, y = corner
-    cv2.rectangle(picture, (x, y), (x + 26, y + 28), INK, -1)
-    return _text(picture, (x + 13, y + 14), str(number), anchor="mm", color=PAPER)
-
-
-def _text(picture: Picture, place: tuple[int, int], text: str, *, anchor: str, color: Color = INK) -> Picture:
-    canvas = Image.fromarray(picture)
-    ImageDraw.Draw(canvas).text(place, text, fill=color, font=_font(), anchor=anchor)
-    return np.array(canvas)
-
-
-def _font() -> ImageFont.FreeTypeFont:
-    font = ImageFont.load_default(size=24)
-    assert isinstance(font, ImageFont.FreeTypeFont)  # what `size` gives, with the FreeType of every Pillow wheel
-    return font
-
-
-def _stacked(parts: Sequence[Picture]) -> Picture:
-    """Parts below each other, on paper as wide as the widest."""
-    width = max(part.shape[1] for part in parts)
-    return np.vstack([_padded(part, 0, 0, 0, width - part.shape[1]) for part in parts])
-
-
-def _framed(picture: Picture) -> Picture:
-    return _padded(picture, MARGIN, MARGIN, MARGIN, MARGIN)
-
-
-def _padded(picture: Picture, top: int, bottom: int, left: int, right: int) -> Picture:
-    padded = np.full((picture.shape[0] + top + bottom, picture.shape[1] + left + right, 3), PAPER, np.uint8)
-    padded[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
-    return padded
