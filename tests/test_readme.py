@@ -28,7 +28,7 @@ from transfiner_refine.functional.rle import decode
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEMO = REPOSITORY / "transfiner_refine" / "assets" / "demo"
-DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 CARD = REPOSITORY / "transfiner_refine" / "pretrained" / "README.md"
 
 NOT_RUN = ("make ", "pip ")
@@ -116,7 +116,7 @@ def run_here(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not end.value.code, command
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_python_blocks_run_in_order(document: Path, folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(folder)
     namespace: dict[str, object] = {"__name__": "__main__"}
@@ -188,7 +188,7 @@ def test_links_and_pictures_exist(document: Path):
     assert not missing
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_names_of_the_code_exist(document: Path):
     """Every dotted name in backticks that begins with a part of the package, such as ``functional.boxes``."""
     names = re.findall(r"`([a-z_]+(?:\.\w+)+)`", document.read_text(encoding="utf-8"))

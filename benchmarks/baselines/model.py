@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -49,19 +50,27 @@ class BaselineModel(RefinerModel):
         self.transfiner = NETWORKS[config.network](config)
 
 
-def with_network(model: RefinerModel, network: str) -> BaselineModel:
-    """Give a model another network; only the encoder, the incoherence detector and the node encoder are copied.
+def with_network(model: RefinerModel, network: str, fresh: tuple[str, ...] = FRESH, **overrides: Any) -> BaselineModel:
+    """Give a model another network; what is not fresh is copied: the encoder, the detector and the node encoder.
 
     Args:
         model: Any refiner's model, untouched.
         network: One of ``NETWORKS``.
+        fresh: How the names of the weights begin that are not copied.
+        **overrides: Fields of the configuration that differ; weights whose shape differs then start anew, too.
 
     Raises:
-        InvalidInputError: If there is no such network.
+        InvalidInputError: If there is no such network, or a field is out of range.
     """
-    baseline = BaselineModel(BaselineConfig(**{**asdict(model.config), "predicts_gain": False, "network": network}))
-    weights = {name: value for name, value in model.state_dict().items() if not name.startswith(FRESH)}
-    baseline.load_state_dict(baseline.state_dict() | weights)
+    values = {**asdict(model.config), "predicts_gain": False, **overrides, "network": network}
+    baseline = BaselineModel(BaselineConfig(**values))
+    known = baseline.state_dict()
+    weights = {
+        name: value
+        for name, value in model.state_dict().items()
+        if not name.startswith(fresh) and name in known and known[name].shape == value.shape
+    }
+    baseline.load_state_dict(known | weights)
     return baseline
 
 

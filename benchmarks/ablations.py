@@ -1,0 +1,298 @@
+"""The paper's ablations: each variant trained for the same budget on the same data, then measured on the same masks.
+
+    python benchmarks/ablations.py runs/ablations --cache runs/cache --steps 150
+    python benchmarks/ablations.py runs/ablations --cache runs/cache --steps 150 --only cues --only network
+
+All variants share the embedded model's image encoder and, but for *guidance*, its incoherence detector, which stay as
+they are. What corrects the nodes starts anew in each. The folder keeps what was trained and ``figures.json``, from
+which an interrupted command goes on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from baselines import load_refiner, with_network
+from baselines.model import FRESH
+from dataset import DATA, ECSSD_VALIDATION, open_set
+from measure import measure
+from methods import Coarse, refined
+from rich.console import Console
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+
+from transfiner_refine import RefineOptions, Refiner
+from transfiner_refine.config import ROOT_SIDE
+from transfiner_refine.data.crops import CropDataset
+from transfiner_refine.data.object_cache import CropSource
+from transfiner_refine.errors import InvalidInputError, TransfinerError
+from transfiner_refine.evaluation.detector import DetectorCounts, detector_counts
+from transfiner_refine.modeling.model import RefinerModel
+from transfiner_refine.training.finetune import OBJECTIVE
+from transfiner_refine.training.loop import train
+from transfiner_refine.training.schedule import TrainConfig
+
+ANEW = (*FRESH, "transfiner.node_encoder.")
+"""What starts anew in every variant."""
+
+DETECTOR = "transfiner.incoherence_detector."
+EVERY = RefineOptions(keep_if_gain_below=-1.0, keep_if_iou_below=0.0)
+PAPER = ("fine", "coarse", "context", "position")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of a table.
+
+    Attributes:
+        network: One of ``baselines.NETWORKS``.
+        overrides: Fields of the configuration that differ from the embedded model's.
+        fresh_detector: Whether the incoherence detector starts anew, too, and is trained.
+    """
+
+    network: str = "transformer"
+    overrides: dict[str, Any] = field(default_factory=dict)
+    fresh_detector: bool = False
+
+
+OURS = Variant()
+TABLES: dict[str, dict[str, Variant]] = {
+    "region": {
+        "incoherent": OURS,
+        "along the outline": Variant("boundary"),
+        "full RoI, 28×28": Variant("transformer_28"),
+        "without level 28": Variant("without_28"),
+        "without level 56": Variant("without_56"),
+        "without level 112": Variant("without_112"),
+    },
+    "cues": {
+        "fine": Variant(overrides={"node_cues": ("fine",)}),
+        "fine, coarse": Variant(overrides={"node_cues": ("fine", "coarse")}),
+        "fine, coarse, context": Variant(overrides={"node_cues": ("fine", "coarse", "context")}),
+        "the paper's four": Variant(overrides={"node_cues": PAPER}),
+        "with guidance": OURS,
+    },
+    "depth": {
+        "1 (28×28)": Variant(overrides={"depth": 1}),
+        "2 (56×56)": Variant(overrides={"depth": 2}),
+        "3 (112×112)": OURS,
+    },
+    "network": {
+        "CNN, 28×28": Variant("cnn_28"),
+        "MLP, 28×28": Variant("mlp_28"),
+        "MLP, incoherent nodes": Variant("mlp"),
+        "transformer, 3 layers, 4 heads": OURS,
+        "transformer, 6 layers, 4 heads": Variant(overrides={"layers": 6}),
+        "transformer, 3 layers, 8 heads": Variant(overrides={"heads": 8}),
+    },
+    "attention": {
+        "non-local, 28×28": Variant("non_local_28"),
+        "transformer, 28×28": Variant("transformer_28"),
+        "transformer, 56×56": Variant("transformer_56"),
+        "quadtree, 112×112": OURS,
+    },
+    "levels": {
+        "each level by itself": Variant(overrides={"joint_levels": False}),
+        "without propagation": Variant(overrides={"propagate": False}),
+        "joint, propagated": OURS,
+    },
+    "guidance": {
+        "without lower-level guidance": Variant(overrides={"lower_level_guidance": False}, fresh_detector=True),
+        "with it": Variant(fresh_detector=True),
+    },
+}
+"""By the paper's tables 2, 4, 5, 6, 7, 8 and 3."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a variant reached.
+
+    Attributes:
+        gains: Of IoU and Boundary IoU, and the share made worse, by set; every refinement accepted.
+        processor_seconds: For an instance, the image encoder included.
+        gflops: Of the network for an instance, without the image encoder.
+        peak_mb: Most memory that a call added, in megabytes; None where that is not known.
+        recall: Of the incoherence detector, level by level.
+        accuracy: Of the incoherence detector, level by level.
+    """
+
+    gains: dict[str, list[float]]
+    processor_seconds: float
+    gflops: float
+    peak_mb: float | None
+    recall: list[float]
+    accuracy: list[float]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every variant gets.
+
+    Attributes:
+        steps: Steps of 16 objects.
+        seed: Seed of everything random.
+    """
+
+    steps: int
+    seed: int = 0
+
+
+def make(variant: Variant, seed: int) -> RefinerModel:
+    """The model of a variant, with its new weights drawn."""
+    torch.manual_seed(seed)
+    fresh = (*ANEW, DETECTOR) if variant.fresh_detector else ANEW
+    return with_network(load_refiner().model, variant.network, fresh, **variant.overrides)
+
+
+def train_variant(variant: Variant, folder: Path, data: Path, cache: Path, budget: Budget) -> Path:
+    """Train one variant; returns the folder of its averaged weights at the end."""
+    model = make(variant, budget.seed)
+    sources = [CropSource(data / "ecssd", exclude=sorted(ECSSD_VALIDATION)), CropSource(data / "ccp")]
+    side = ROOT_SIDE << (model.config.depth - 1)
+    dataset = CropDataset(sources, cache, side=side, box_margin=model.config.box_margin, real_share=0.7)
+    config = TrainConfig(
+        steps=budget.steps,
+        frozen_detector=not variant.fresh_detector,
+        frozen_stages=5,
+        ema=0.98,
+        decay=0.5,
+        validate_every=budget.steps,
+        seed=budget.seed,
+        workers=0,
+    )
+    places = count()  # the last weights are taken, not the best: no variant is helped by a choice
+    result = train(
+        model.to(memory_format=torch.channels_last),  # pyright: ignore[reportCallIssue]
+        dataset,
+        folder,
+        config,
+        OBJECTIVE,
+        lambda _: {"score": float(next(places))},
+    )
+    return result.directory
+
+
+def judge(refiner: Refiner, data: Path, limit: int, console: Console) -> Figures:
+    """Measure one variant."""
+    gains, seconds, instances, peak = {}, 0.0, 0, None
+    for name in ("davis_dev", "ecssd_validation"):
+        methods = {"refined": refined(refiner, options=EVERY)}
+        result = measure(open_set(data, name, limit), methods, Coarse.detector, 0.02, console, with_memory=True)
+        figures = result.scores["refined"].figures(result.scores["coarse"])
+        gains[name] = [figures.iou_gain, figures.boundary_iou_gain, figures.share_worse]
+        seconds += result.scores["refined"].processor_seconds
+        instances += figures.count
+        peak = result.scores["refined"].peak if peak is None else max(peak, result.scores["refined"].peak or 0)
+    samples = list(open_set(data, "ecssd_validation", 20))
+    counts = [DetectorCounts()] * refiner.config.depth
+    flops, number = 0, 0
+    for sample in samples:
+        options = RefineOptions(keep_if_gain_below=-1.0, return_quadtree=True)
+        with FlopCounterMode(display=False) as counter:
+            out = refiner.refine(sample.image, boxes=sample.boxes, masks=sample.coarse, options=options)
+        by_module = counter.get_flop_counts()
+        flops += sum(by_module["Global"].values()) - sum(by_module["ImageEncoder"].values())
+        number += len(sample.boxes)
+        levels = detector_counts(out, torch.from_numpy(sample.truth))
+        counts = [total + one for total, one in zip(counts, levels, strict=True)]
+    return Figures(
+        gains=gains,
+        processor_seconds=seconds / instances,
+        gflops=flops / number / 1e9,
+        peak_mb=None if peak is None else peak / 1e6,
+        recall=[level.recall for level in counts],
+        accuracy=[level.accuracy for level in counts],
+    )
+
+
+def jobs(only: list[str]) -> Iterator[tuple[str, Variant]]:
+    """Every variant once, by a name that tells its difference; many are rows of several tables."""
+    seen = set()
+    for table in only:
+        for variant in TABLES[table].values():
+            if (name := name_of(variant)) not in seen:
+                seen.add(name)
+                yield name, variant
+
+
+def name_of(variant: Variant) -> str:
+    """A folder's name for a variant."""
+    parts = [variant.network, *(f"{name}={_plain(value)}" for name, value in variant.overrides.items())]
+    return "_".join([*parts, *(["fresh_detector"] if variant.fresh_detector else [])])
+
+
+def _plain(value: Any) -> str:
+    return "+".join(value) if isinstance(value, tuple) else str(value)
+
+
+def report(table: str, known: dict[str, Figures], steps: int) -> Table:
+    """One table, of what is known."""
+    printed = Table(title=f"{table}: {steps} steps of 16 objects each")
+    printed.add_column("variant")
+    headings = ("DAVIS", "worse", "ECSSD", "worse", "CPU s", "GFLOPs", "MB", "recall", "accuracy")
+    for heading in headings:
+        printed.add_column(heading, justify="right")
+    for label, variant in TABLES[table].items():
+        figures = known.get(name_of(variant))
+        if figures is None:
+            continue
+        cells = []
+        for iou, boundary, worse in figures.gains.values():
+            cells += [f"{iou:+.3f} / {boundary:+.3f}", f"{worse:.1%}"]
+        cells += [f"{figures.processor_seconds:.3f}", f"{figures.gflops:.1f}"]
+        cells += ["" if figures.peak_mb is None else f"{figures.peak_mb:.0f}"]
+        cells += [" ".join(f"{100 * x:.0f}" for x in column) for column in (figures.recall, figures.accuracy)]
+        printed.add_row(label, *cells)
+    return printed
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="Gets the models and the figures.")],
+    cache: Annotated[Path, typer.Option(help="Folder for decoded objects.")],
+    data: Annotated[Path, typer.Option(help="Folder of the sets.")] = DATA,
+    only: Annotated[list[str] | None, typer.Option(help=f"Tables, of {', '.join(TABLES)}.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of 16 objects for every variant.")] = 1000,
+    limit: Annotated[int, typer.Option(min=1, help="Photos of each set to measure on.")] = 60,
+) -> None:
+    """Train and measure the variants of the tables."""
+    console = Console(width=160)
+    path = folder / "figures.json"
+    budget = Budget(steps)
+    try:
+        if unknown := set(only or []) - set(TABLES):
+            raise InvalidInputError(f"expected tables among {sorted(TABLES)}, got {sorted(unknown)}")
+        kept = {"budget": asdict(budget), "limit": limit, "variants": {}}
+        if path.exists():
+            kept = json.loads(path.read_text())
+            if (kept["budget"], kept["limit"]) != (asdict(budget), limit):
+                raise InvalidInputError(
+                    f"expected the budget of {path}, {kept['budget']}, got another: name a new folder"
+                )
+        for name, variant in jobs(only or list(TABLES)):
+            if name in kept["variants"]:
+                continue
+            best = train_variant(variant, folder / name, data, cache, budget)
+            kept["variants"][name] = asdict(judge(load_refiner(best), data, limit, console))
+            path.write_text(json.dumps(kept, indent=2) + "\n")
+            console.print(f"{name}: {kept['variants'][name]}", soft_wrap=True)
+    except TransfinerError as error:
+        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    known = {name: Figures(**values) for name, values in kept["variants"].items()}
+    for table in only or TABLES:
+        console.print(report(table, known, steps))
+
+
+if __name__ == "__main__":
+    torch.set_flush_denormal(True)
+    np.seterr(all="raise", under="ignore")
+    typer.run(main)
