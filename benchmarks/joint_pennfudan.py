@@ -4,7 +4,9 @@
 
 Of the 170 photos, 120 are trained on and 50 evaluated, the same in every run. The two runs of a seed share the
 detector's first weights, the order of the photos, the schedule and the number of steps; they differ in the refiner and
-its losses alone. The folder gets ``figures.json``, from which an interrupted command goes on, and the joint models.
+its losses alone. The detector's backbone and feature pyramid start from those of the embedded model, whose backbone
+was trained on ImageNet; the heads start at random. The refiner starts from the embedded one. The folder gets
+``figures.json``, from which an interrupted command goes on, and the joint models.
 """
 
 from __future__ import annotations
@@ -12,11 +14,12 @@ from __future__ import annotations
 import json
 import time
 from collections import OrderedDict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import torch
+import torch.nn.functional as F
 import typer
 from dataset import DATA
 from rich.console import Console
@@ -24,8 +27,6 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN
-from torchvision.ops import FeaturePyramidNetwork
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from transfiner_refine import Instances, Refiner
 from transfiner_refine.adapters.joint import RefinedDetector
@@ -37,7 +38,7 @@ from transfiner_refine.evaluation.coco_metrics import average_precision
 from transfiner_refine.evaluation.ground_truth import GroundTruth, load_ground_truth
 from transfiner_refine.inputs import as_image, boxes_from_masks
 from transfiner_refine.modeling.model import RefinerModel
-from transfiner_refine.training.losses import LossConfig
+from transfiner_refine.training.finetune import OBJECTIVE
 
 SPLIT_SEED = 0
 PERSON = 1
@@ -56,7 +57,6 @@ class Budget:
         steps: Optimiser steps.
         batch_size: Photos per step.
         side: Shorter side of the detector's input.
-        channels: Width of its FPN, and of the refiner.
         learning_rate: Of AdamW; the backbone gets a tenth.
         train_photos: Photos that are trained on; the others are evaluated.
     """
@@ -64,7 +64,6 @@ class Budget:
     steps: int
     batch_size: int
     side: int
-    channels: int
     learning_rate: float
     train_photos: int
 
@@ -89,27 +88,37 @@ class Figures:
 
 
 class LiteBackbone(nn.Module):
-    """The embedded model's EfficientNet-Lite0, from stride 4 on, with a feature pyramid network of its own."""
+    """The embedded model's EfficientNet-Lite0 and feature pyramid, from stride 4 on."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        encoder = Refiner.from_pretrained().model.image_encoder
-        assert encoder is not None
-        self.body = encoder.backbone.train()
-        self.body.freeze(2)
-        self.scale = encoder.scale[1:]
-        self.fpn = FeaturePyramidNetwork(list(self.body.channels[1:]), channels, LastLevelMaxPool())
-        self.out_channels = channels
+        embedded = Refiner.from_pretrained().model
+        assert embedded.image_encoder is not None
+        self.encoder = embedded.image_encoder.train()
+        self.encoder.backbone.freeze(2)
+        self.out_channels = embedded.config.feature_channels
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        maps = self.body(images.contiguous(memory_format=torch.channels_last))[1:]
-        scaled = [level * scale for level, scale in zip(maps, self.scale, strict=True)]
-        return self.fpn(OrderedDict((str(index), level) for index, level in enumerate(scaled)))
+        maps = self.encoder(images.contiguous(memory_format=torch.channels_last)).maps[1:]
+        coarser = F.max_pool2d(maps[-1], kernel_size=1, stride=2)  # as torchvision's own pyramids end
+        return OrderedDict((str(index), level) for index, level in enumerate((*maps, coarser)))
+
+
+def build_refiner(adapter: TorchvisionAdapter) -> Refiner:
+    """The embedded refiner's network on the detector's features."""
+    embedded = Refiner.from_pretrained().model
+    features = adapter.config()
+    config = replace(
+        embedded.config, feature_source=features.feature_source, strides=features.strides, predicts_gain=False
+    )
+    model = RefinerModel(config)
+    model.transfiner.load_state_dict(embedded.transfiner.state_dict())
+    return Refiner(model)
 
 
 def build_detector(budget: Budget) -> MaskRCNN:
     return MaskRCNN(
-        LiteBackbone(budget.channels),
+        LiteBackbone(),
         num_classes=2,
         min_size=budget.side,
         max_size=2 * budget.side,
@@ -149,7 +158,7 @@ def train(model: nn.Module, photos: Photos, budget: Budget, seed: int, console: 
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[".body." in name].append(parameter)
+            groups[".encoder.backbone." in name].append(parameter)
     rates = {True: 0.1 * budget.learning_rate, False: budget.learning_rate}
     optimizer = torch.optim.AdamW([{"params": groups[key], "lr": rates[key]} for key in groups], weight_decay=1e-4)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, budget.steps))
@@ -209,8 +218,7 @@ def run(
     if not joint:
         seconds = train(adapter.model, photos, budget, seed, console)
         return evaluate(adapter, None, photos, truth, seconds)
-    config = adapter.config(channels=budget.channels, ffn_channels=4 * budget.channels, decoder="residual")
-    model = adapter.with_refiner(Refiner(RefinerModel(config)), max_rois=8, loss=LossConfig())
+    model = adapter.with_refiner(build_refiner(adapter), max_rois=8, loss=OBJECTIVE)
     seconds = train(model, photos, budget, seed, console)
     model.save_pretrained(folder / f"seed_{seed}")
     return evaluate(adapter, model, photos, truth, seconds)
@@ -247,13 +255,12 @@ def main(
     steps: Annotated[int, typer.Option(min=1)] = 1500,
     batch_size: Annotated[int, typer.Option(min=1)] = 2,
     side: Annotated[int, typer.Option(min=32, help="Shorter side of the detector's input in pixels.")] = 320,
-    channels: Annotated[int, typer.Option(min=4, help="Width of the FPN and of the refiner.")] = 64,
     learning_rate: Annotated[float, typer.Option()] = 5e-4,
     train_photos: Annotated[int, typer.Option(min=1, help="The others are evaluated.")] = 120,
 ) -> None:
     """Compare the masks of a detector, alone and with a refiner that is trained with it."""
     console = Console()
-    budget = Budget(steps, batch_size, side, channels, learning_rate, train_photos)
+    budget = Budget(steps, batch_size, side, learning_rate, train_photos)
     path = folder / "figures.json"
     try:
         source = data / "pennfudan"

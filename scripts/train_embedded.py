@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,15 @@ class Validation:
         return record
 
 
+def with_context(model: RefinerModel, scales: int) -> RefinerModel:
+    """The same model with a wide context, which starts without effect."""
+    wider = RefinerModel(replace(model.config, context_scales=scales))
+    missing, unexpected = wider.load_state_dict(model.state_dict(), strict=False)
+    prefix = "transfiner.incoherence_detector."
+    assert not unexpected and all(name.startswith((f"{prefix}context.", f"{prefix}estimate.")) for name in missing)
+    return wider
+
+
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -110,6 +120,7 @@ def main() -> None:
     parser.add_argument("--real-share", type=float, default=0.45)
     parser.add_argument("--backbone-scale", type=float, default=0.1)
     parser.add_argument("--init", type=Path, help="start from this refiner instead of ImageNet weights")
+    parser.add_argument("--context-scales", type=int, help="wide context to add to the model of --init")
     parser.add_argument("--network", choices=sorted(NETWORKS), help="train a baseline with this network instead")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -138,6 +149,8 @@ def main() -> None:
 
     if args.init:
         model = load_refiner(args.init).model
+        if args.context_scales is not None:
+            model = with_context(model, args.context_scales)
     else:
         model = RefinerModel(EMBEDDED)
         assert model.image_encoder is not None

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from transfiner_refine import InvalidInputError, RefineOptions, Refiner
 from transfiner_refine.adapters import adapt
+from transfiner_refine.functional.paste import crop_box_masks
 from transfiner_refine.inputs import boxes_from_masks
 
 import_detectron2()
@@ -379,6 +380,23 @@ class TestTraining:
                 area = np.pi * (11 / 28) ** 2 if label == 0 else 0
                 assert abs(float((coarse >= 0.5).float().mean()) - area) < 0.02
         assert found == {0, 1}
+
+    def test_coarse_masks_are_those_of_inference(self, monkeypatch: pytest.MonkeyPatch):
+        model = make(config=small_config("MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", True))
+        model.roi_heads.mask_head.predictor.learnt.weight.data.mul_(1000)
+        seen = seen_by_losses(model, monkeypatch, max_rois=5)
+        features = dict(zip(("p2", "p3", "p4", "p5"), seen["pyramid"].maps, strict=True))
+        known = []
+        for index in range(2):
+            rois = seen["rois"][seen["image"] == index]
+            labels = torch.zeros(len(rois), dtype=torch.long)
+            known.append(structures.Instances((97, 131), pred_boxes=structures.Boxes(rois), pred_classes=labels))
+        with torch.no_grad():
+            found = model.eval().roi_heads.forward_with_given_boxes(features, known)
+        probs = torch.cat([instances.pred_masks for instances in found])[:, 0]
+        expected = crop_box_masks(probs, seen["rois"], seen["rois"], seen["coarse"].shape[1])
+        assert float(expected.std(dim=0).mean()) > 0.01  # each has its own
+        torch.testing.assert_close(seen["coarse"], expected, atol=1e-4, rtol=0)
 
     def test_coarse_masks_are_detached_unless_asked_for(self):
         model = make()

@@ -37,7 +37,7 @@ def data(tmp_path: Path) -> Path:
 def test_a_tiny_run(benchmark: Callable[[str], ModuleType], data: Path, tmp_path: Path):
     module = benchmark("joint_pennfudan")
     folder = tmp_path / "runs"
-    tiny = ["--side", "64", "--channels", "8", "--seeds", "1", "--train-photos", "2", "--data", str(data)]
+    tiny = ["--side", "64", "--seeds", "1", "--train-photos", "2", "--data", str(data)]
     result = run(module, str(folder), *tiny, "--steps", "1")
     assert result.exit_code == 0, result.output
     runs = json.loads((folder / "figures.json").read_text())["runs"]

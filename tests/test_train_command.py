@@ -20,8 +20,7 @@ from transfiner_refine.functional.rle import encode
 from transfiner_refine.modeling.hub import save_model
 from transfiner_refine.modeling.model import RefinerModel
 from transfiner_refine.training.calibration import fit_gain
-from transfiner_refine.training.finetune import _fit_batch
-from transfiner_refine.training.schedule import FINE_TUNING, TrainConfig
+from transfiner_refine.training.schedule import FINE_TUNING, TrainConfig, fit_batch
 from transfiner_refine.training.validation import Validation, _predicted_gains, matched_image, simulated_image
 
 IMAGES = 6
@@ -232,7 +231,7 @@ class TestData:
         [(16, 1, 16, 8), (99, 2, 16, 8), (15, 1, 8, 8), (7, 1, 7, 7), (1, 1, 1, 1), (7, 2, 6, 3), (15, 4, 12, 3)],
     )
     def test_the_batch_shrinks_to_the_data(self, objects: int, processes: int, batch: int, micro: int):
-        config = _fit_batch(TrainConfig(steps=1), objects, processes)
+        config = fit_batch(TrainConfig(steps=1), objects, processes)
         assert (config.batch_size, config.micro_batch) == (batch, micro)
         assert (config.batch_size // config.micro_batch) % processes == 0
 
@@ -345,6 +344,6 @@ class TestValidation:
 
 
 def test_the_defaults_are_gentle():
-    """Fine-tuning starts from a good refiner: its backbone stays, and its learning rate is a third of training's."""
-    assert FINE_TUNING.frozen_stages == 5
-    assert FINE_TUNING.learning_rate < TrainConfig(steps=1).learning_rate / 2
+    """Fine-tuning starts from a good refiner: what finds its nodes stays, and the learning rate is half of training's."""
+    assert FINE_TUNING.frozen_stages == 5 and FINE_TUNING.frozen_detector
+    assert FINE_TUNING.learning_rate == TrainConfig(steps=1).learning_rate / 2

@@ -41,6 +41,8 @@ class TransfinerConfig:
         level_embedding: Whether a learned vector per quadtree level is added to each token.
         decoder: ``"label"`` predicts the refined label (paper); ``"residual"`` predicts a correction to the coarse
             logit and starts at zero, so that an untrained model is the identity.
+        context_scales: Scales at which the incoherence detector sees the whole RoI besides its 3×3 convolutions, each
+            with half the side of the one before; 0 is the paper's detector.
         lower_level_guidance: Whether finer incoherence detectors see the coarser prediction (paper, Table 3).
         joint_levels: One sequence of all levels (paper) or one sequence per level (paper, Table 8).
         propagate: Whether refined values are handed down to the quadrants (paper, Table 8).
@@ -65,6 +67,7 @@ class TransfinerConfig:
     node_cues: tuple[str, ...] = ("fine", "coarse", "context", "position")
     level_embedding: bool = False
     decoder: Literal["label", "residual"] = "label"
+    context_scales: int = 0
     lower_level_guidance: bool = True
     joint_levels: bool = True
     propagate: bool = True
@@ -86,6 +89,8 @@ class TransfinerConfig:
                 raise InvalidInputError(f"expected {name} as an integer of at least 1, got {value!r}")
         if not isinstance(self.depth, int) or not 0 <= self.depth <= MAX_DEPTH:
             raise InvalidInputError(f"expected depth 0 to {MAX_DEPTH}, got {self.depth!r}")
+        if not isinstance(self.context_scales, int) or not 0 <= self.context_scales <= 2:
+            raise InvalidInputError(f"expected context_scales 0 to 2, got {self.context_scales!r}")
         if not all(isinstance(stride, int) and stride > 0 for stride in self.strides):
             raise InvalidInputError(f"expected strides as integers above 0, got {self.strides}")
         if not self.strides or any(b != 2 * a for a, b in zip(self.strides, self.strides[1:], strict=False)):

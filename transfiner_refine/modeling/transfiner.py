@@ -34,6 +34,7 @@ from transfiner_refine.functional.quadtree import (
     take_nodes,
 )
 from transfiner_refine.functional.sampling import FeatureTable, RoIPyramid, bilinear_rows, weighted_rows
+from transfiner_refine.modeling.context import WideContext
 from transfiner_refine.types import FeaturePyramid, LevelNodes
 
 SelectNodes = Callable[[int, LevelNodes], Tensor]
@@ -49,12 +50,15 @@ class Detection:
         candidates: Cells judged at each level: all at level 0, then the children of the nodes above.
         quadtree: The candidates chosen as nodes, linked to their parents, level by level.
         guidance: ``(R, C, 28, 28)`` float, the detector's features at level 0.
+        estimate: ``(R, 28, 28)`` float logits, the detector's own guess of the whole mask, by which its wide context is
+            trained; None without one, and outside of training.
     """
 
     root_logits: Tensor
     candidates: tuple[LevelNodes, ...]
     quadtree: tuple[LevelNodes, ...]
     guidance: Tensor
+    estimate: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,8 @@ class IncoherenceDetector(nn.Module):
         for i in range(4):
             tower += [nn.Conv2d(inputs if i == 0 else channels, channels, 3, padding=1), nn.ReLU()]
         self.tower = nn.Sequential(*tower)
+        self.context = WideContext(channels, config.context_scales) if config.context_scales else None
+        self.estimate = nn.Conv2d(channels, 1, 1) if config.context_scales else None
         self.classifier = nn.Conv2d(channels, 1, 1)
         self.lower_level_guidance = config.lower_level_guidance
         finer = inputs + (channels if config.lower_level_guidance else 0)
@@ -96,6 +102,19 @@ class IncoherenceDetector(nn.Module):
         for classifier in (self.classifier, *self.finer_classifier):
             # One cell in seven is incoherent: start there, or the first steps drown in false nodes.
             nn.init.constant_(classifier.bias, -math.log(6.0))  # type: ignore[arg-type]
+
+    def guidance(self, features: Tensor, coarse: Tensor) -> Tensor:
+        """The detector's features at level 0.
+
+        Args:
+            features: ``(R, D, 28, 28)``.
+            coarse: ``(R, 28, 28)``, coarse probabilities.
+
+        Returns:
+            ``(R, C, 28, 28)``.
+        """
+        guidance = self.tower(torch.cat([features, coarse[:, None].to(features.dtype)], dim=1))
+        return guidance if self.context is None else self.context(guidance)
 
     def forward(self, roi_pyramid: RoIPyramid, coarse: Sequence[Tensor], depth: int, select: SelectNodes) -> Detection:
         """Detect incoherent nodes from the root down.
@@ -106,8 +125,7 @@ class IncoherenceDetector(nn.Module):
             depth: Levels to detect.
             select: Chooses the nodes among the candidates of each level.
         """
-        features = roi_pyramid.grid(ROOT_SIDE, 0)  # (R, D, 28, 28)
-        guidance = self.tower(torch.cat([features, coarse[0][:, None].to(features.dtype)], dim=1))  # (R, C, 28, 28)
+        guidance = self.guidance(roi_pyramid.grid(ROOT_SIDE, 0), coarse[0])  # (R, C, 28, 28)
         root_logits = self.classifier(guidance)[:, 0].float()  # (R, 28, 28)
         candidates: list[LevelNodes] = []
         quadtree: list[LevelNodes] = []
@@ -130,7 +148,10 @@ class IncoherenceDetector(nn.Module):
             candidates.append(cells)
             quadtree.append(take_nodes(cells, keep))
             hidden = hidden[keep]
-        return Detection(root_logits, tuple(candidates), tuple(quadtree), guidance)
+        estimate = None
+        if self.estimate is not None and self.training:
+            estimate = self.estimate(guidance)[:, 0].float() + coarse_logits(coarse[0])
+        return Detection(root_logits, tuple(candidates), tuple(quadtree), guidance, estimate)
 
 
 class NodeEncoder(nn.Module):

@@ -46,8 +46,8 @@ class CoarseErrors:
         min_iou: Least IoU with ground truth; a worse draw would not be matched to its object, and is drawn again.
     """
 
-    untouched: float = 0.05
-    one_pixel: float = 0.05
+    untouched: float = 0.12
+    one_pixel: float = 0.08
     box_head: float = 0.4
     prototype_cells: tuple[float, float] = (40.0, 160.0)
     smoothing: tuple[float, float] = (0.0, 0.018)

@@ -28,6 +28,8 @@ class LossConfig:
         incoherence_weight: Weight of the binary cross-entropy of the incoherence detector (Eq. 2: 0.5).
         cross_entropy_weight: Weight of an added cross-entropy of refined nodes; the paper has none. L1 through a
             sigmoid hardly moves a node that is wrong with confidence, which is what a binary coarse mask makes.
+        estimate_weight: Weight of an added cross-entropy of the detector's guess of the whole mask, where the model has
+            a wide context. It teaches that context what is object and what is background everywhere, not at nodes only.
         nodes_per_level: Range from which each step draws how many nodes of a RoI and level are refined; the paper
             has always 100. A range shows the attention sequences of many lengths.
         incoherence_threshold: Probability above which a predicted cell becomes a node, as in inference.
@@ -36,6 +38,7 @@ class LossConfig:
     refine_weight: float = 1.0
     incoherence_weight: float = 0.5
     cross_entropy_weight: float = 0.0
+    estimate_weight: float = 0.5
     nodes_per_level: tuple[int, int] = (100, 100)
     incoherence_threshold: float = 0.5
 
@@ -59,9 +62,9 @@ def refinement_losses(
         config: Weights and sampling.
 
     Returns:
-        ``loss_refine``, ``loss_incoherence`` (weighted scalars to be summed), ``loss_cross_entropy`` if ``config`` asks
-        for it, and without gradient ``recall`` and ``precision`` of the root detector, ``wrong_before`` and
-        ``wrong_after``, the shares of refined nodes with a wrong label.
+        ``loss_refine``, ``loss_incoherence`` (weighted scalars to be summed), ``loss_cross_entropy`` and
+        ``loss_estimate`` if ``config`` asks for them, and without gradient ``recall`` and ``precision`` of the root
+        detector, ``wrong_before`` and ``wrong_after``, the shares of refined nodes with a wrong label.
     """
     depth = transfiner.config.depth
     levels = coarse_levels(coarse, depth)
@@ -91,6 +94,11 @@ def refinement_losses(
         entropy = F.binary_cross_entropy_with_logits(after, label, reduction="none")
         losses["loss_cross_entropy"] = config.cross_entropy_weight * (node_weight * entropy).sum() / total
     losses["loss_incoherence"] = config.incoherence_weight * incoherence
+    if detection.estimate is not None and config.estimate_weight:
+        guess = F.binary_cross_entropy_with_logits(detection.estimate, targets.coverage[0], reduction="none")
+        losses["loss_estimate"] = (
+            config.estimate_weight * (weight * guess.mean(dim=(1, 2))).sum() / weight.sum().clamp(min=1e-6)
+        )
     with torch.no_grad():
         found = detection.root_logits > threshold
         wanted = targets.incoherent[0]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,9 +24,10 @@ class TrainConfig:
 
     Attributes:
         steps: Optimiser steps.
-        batch_size: Objects per step, of all processes together.
-        micro_batch: Objects that go through the model at once. A step is the mean over its micro-batches, each with
-            random choices of its own, and processes share them out: what is learned does not depend on their number.
+        batch_size: Objects per step, of all processes together; photos where a detector is trained too.
+        micro_batch: Objects or photos that go through the model at once. A step is the mean over its micro-batches,
+            each with random choices of its own, and processes share them out: what is learned does not depend on their
+            number.
         learning_rate: Plateau of the schedule, for everything but the backbone.
         backbone_scale: The backbone's learning rate relative to the rest.
         frozen_stages: Backbone stages that stay as they are, 0 to 5; 5 freezes the backbone.
@@ -100,16 +101,33 @@ class TrainConfig:
 
 
 FINE_TUNING = TrainConfig(
-    steps=200,
-    learning_rate=3e-4,
+    steps=300,
+    learning_rate=5e-4,
     frozen_detector=True,
     warmup=20,
     decay=0.7,
     ema=0.98,
     save_every=50,
-    patience=4,
+    patience=5,
 )
-"""A short run that starts gently from a trained refiner and comes to rest; what finds its nodes stays as it is."""
+"""A short run that starts from a trained refiner and comes to rest; what finds its nodes stays as it is.
+
+The weights of a trained refiner are an average, whose quality the first steps lose: a run has to be long enough to win
+it back.
+"""
+
+
+JOINT_TRAINING = TrainConfig(
+    steps=2000,
+    batch_size=4,
+    micro_batch=2,
+    learning_rate=2e-4,
+    warmup=100,
+    decay=0.4,
+    ema=0.99,
+    precision="no",
+)
+"""For a detector that has seen much, and a few hundred photos of one's own."""
 
 
 class MicroBatches(Sampler[list[int]]):
@@ -122,6 +140,7 @@ class MicroBatches(Sampler[list[int]]):
         config: The schedule.
         process: Index of this process.
         processes: Number of processes.
+        unit: What the objects are called in messages.
 
     Attributes:
         epoch: The epoch to go through.
@@ -131,13 +150,13 @@ class MicroBatches(Sampler[list[int]]):
         InvalidInputError: If there are fewer objects than one step takes, or the processes cannot share a step.
     """
 
-    def __init__(self, length: int, config: TrainConfig, process: int = 0, processes: int = 1):
+    def __init__(self, length: int, config: TrainConfig, process: int = 0, processes: int = 1, unit: str = "objects"):
         self.length, self.config = length, config
         self.epoch, self.start = 0, 0
         self.steps = length // config.batch_size
         if self.steps == 0:
             raise InvalidInputError(
-                f"expected at least one batch of {config.batch_size} objects, got {length} objects: "
+                f"expected at least one batch of {config.batch_size} {unit}, got {length} {unit}: "
                 "lower batch_size or add data"
             )
         of_a_step = config.batch_size // config.micro_batch
@@ -204,13 +223,29 @@ def freeze(model: RefinerModel, config: TrainConfig) -> None:
             model.image_encoder.requires_grad_(False)
 
 
-def parameter_groups(model: RefinerModel, config: TrainConfig) -> list[dict]:
-    """Trainable parameters by learning rate and weight decay; norms, biases and embeddings do not decay."""
+def fit_batch(config: TrainConfig, samples: int, processes: int) -> TrainConfig:
+    """Shrink the batch to the data, so that a handful of samples makes a step too."""
+    if samples >= config.batch_size:
+        return config
+    micro = max(1, min(config.micro_batch, samples // processes))
+    return replace(config, micro_batch=micro, batch_size=max(1, samples // (micro * processes)) * micro * processes)
+
+
+def parameter_groups(
+    model: nn.Module, config: TrainConfig, is_backbone: Callable[[str], bool] = lambda name: ".backbone." in name
+) -> list[dict[str, Any]]:
+    """Trainable parameters by learning rate and weight decay; norms, biases and embeddings do not decay.
+
+    Args:
+        model: The model.
+        config: The schedule.
+        is_backbone: Whether a parameter is of the backbone, by its name.
+    """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = parameter.ndim > 1 and "level" not in name
-            groups.setdefault((".backbone." in name, decays), []).append(parameter)
+            decays = parameter.ndim > 1 and ".level." not in name
+            groups.setdefault((is_backbone(name), decays), []).append(parameter)
     return [
         {
             "params": parameters,
