@@ -176,7 +176,7 @@ class TestCoco:
         predictions = write(tmp_path / "dets.json", broken)
         output = write(tmp_path / "refined.json", "old")
         arguments = ["--images", photos, "--predictions", predictions, "--output", output, "--model", model_dir]
-        assert_one_error(run("coco", *arguments), message)
+        assert_one_error(run("coco", "--strict", *arguments), message)
         assert output.read_text() == "old"
         assert sorted(os.listdir(tmp_path)) == ["dets.json", "photos", "refined.json"]
 

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from transfiner_refine.errors import InvalidInputError
 from transfiner_refine.functional import rle
+from transfiner_refine.inputs import boxes_from_masks
+from transfiner_refine.types import Instances
 
 ImageId = int | str
 Result = dict[str, Any]
@@ -69,10 +71,11 @@ def load_annotations(path: Path | str) -> list[Result]:
 
 
 def load_image_index(path: Path | str) -> dict[ImageId, str]:
-    """Read which file each image id means, from the ``images`` of a COCO annotations file.
+    """Read which file each image id means, from the ``images`` of a COCO or LVIS annotations file.
 
     Args:
-        path: A JSON object with ``images``, each with ``id`` and ``file_name``.
+        path: A JSON object with ``images``, each with ``id`` and ``file_name``. LVIS has a ``coco_url`` instead, the
+            last two parts of which count: ``train2017/000000391895.jpg``.
 
     Returns:
         File names, relative to the folder of images, by image id.
@@ -80,13 +83,16 @@ def load_image_index(path: Path | str) -> dict[ImageId, str]:
     Raises:
         InvalidInputError: If the file cannot be read or is not of this form.
     """
-    images = _section(path, "images")
-    for index, image in enumerate(images):
-        if not isinstance(image, dict) or not _is_id(image.get("id")) or not isinstance(image.get("file_name"), str):
+    names: dict[ImageId, str] = {}
+    for index, image in enumerate(_section(path, "images")):
+        name = _file_name(image) if isinstance(image, dict) else None
+        if name is None or not _is_id(image.get("id")):
             raise InvalidInputError(
-                f'expected "id" and "file_name" in every one of "images" in {path}, got {str(image)[:80]} at {index}'
+                f'expected "id" and "file_name" (or "coco_url", as in LVIS) in every one of "images" in {path}, got '
+                f"{str(image)[:80]} at {index}"
             )
-    return {image["id"]: image["file_name"] for image in images}
+        names[image["id"]] = name
+    return names
 
 
 def group_by_image(results: Iterable[Result]) -> dict[ImageId, list[int]]:
@@ -98,46 +104,62 @@ def group_by_image(results: Iterable[Result]) -> dict[ImageId, list[int]]:
 
 
 def find_images(
-    folder: Path | str, image_ids: Iterable[ImageId], file_names: Mapping[ImageId, str] | None = None
+    folder: Path | str,
+    image_ids: Iterable[ImageId],
+    file_names: Mapping[ImageId, str] | None = None,
+    *,
+    missing_ok: bool = False,
 ) -> dict[ImageId, Path]:
     """Find the file of every image id.
 
     Args:
         folder: Where the images are.
         image_ids: The ids to find.
-        file_names: File names by id, see ``load_image_index``. Without them an id is found by the name of the file
-            without its suffix: the same text, or for a number the same number, so that 139 finds ``000000000139.jpg``.
+        file_names: File names by id, see ``load_image_index``; one that names a subfolder is looked for without it too,
+            for the folder given may be that one. Without them an id is found by the name of the file without its
+            suffix: the same text, or for a number the same number, so that 139 finds ``000000000139.jpg``.
+        missing_ok: Whether some of the files, but not all, may be missing.
 
     Returns:
-        An existing file for each id.
+        An existing file for each id; ids without one are left out if ``missing_ok``.
 
     Raises:
-        InvalidInputError: If the folder is none, or an id is unknown, ambiguous, or its file is missing.
+        InvalidInputError: If the folder is none, an id is ambiguous or unknown to ``file_names``, or files are missing.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise InvalidInputError(f"expected a folder of images, got {folder}: check the path")
     image_ids = list(image_ids)
     if file_names is None:
-        return _find_by_stem(folder, image_ids)
+        return _find_by_stem(folder, image_ids, missing_ok)
     if unknown := [image_id for image_id in image_ids if image_id not in file_names]:
         raise InvalidInputError(
             f"expected every image_id of the predictions among the annotations' images, got {len(unknown)} unknown: "
             f"{_named(unknown)}; give the annotations of the set that was predicted on"
         )
-    paths = {image_id: folder / file_names[image_id] for image_id in image_ids}
-    if missing := [path.name for path in paths.values() if not path.is_file()]:
+    paths: dict[ImageId, Path] = {}
+    missing = []
+    for image_id in image_ids:
+        name = Path(file_names[image_id])
+        path = next((path for path in (folder / name, folder / name.name) if path.is_file()), None)
+        if path is None:
+            missing.append(name.name)
+        else:
+            paths[image_id] = path
+    if missing and not (missing_ok and paths):
         raise InvalidInputError(
             f"expected the images of the predictions in {folder}, got {len(missing)} missing: {_named(missing)}"
         )
     return paths
 
 
-def decode_masks(results: Sequence[Result], positions: Sequence[int], size: tuple[int, int]) -> NDArray[np.bool_]:
+def decode_masks(
+    results: Sequence[Result] | Mapping[int, Result], positions: Sequence[int], size: tuple[int, int]
+) -> NDArray[np.bool_]:
     """Decode the segmentations of one image's entries.
 
     Args:
-        results: All entries of the file.
+        results: All entries of the file, or those of the image by their positions.
         positions: N positions, all of one image.
         size: ``(H, W)`` of the image.
 
@@ -175,6 +197,20 @@ def boxes_of(entries: Sequence[Result], mask_boxes: Tensor) -> Tensor:
     has_area = (boxes[:, 2:] > boxes[:, :2]).all(dim=1, keepdim=True)
     mask_boxes = torch.where(mask_boxes.any(dim=1, keepdim=True), mask_boxes, mask_boxes.new_tensor([0, 0, 1, 1]))
     return torch.where(has_area, boxes, mask_boxes)
+
+
+def decode_instances(
+    results: Sequence[Result] | Mapping[int, Result], positions: Sequence[int], size: tuple[int, int]
+) -> Instances:
+    """Decode one image's entries: ``decode_masks``, with the boxes of ``boxes_of``."""
+    return join_instances(decode_masks(results, positions, size), [results[position] for position in positions])
+
+
+def join_instances(masks: NDArray, entries: Sequence[Result]) -> Instances:
+    """Join N masks ``(N, H, W)``, bool or float probabilities, with the boxes of their entries."""
+    stack = torch.from_numpy(masks)
+    size = (stack.shape[1], stack.shape[2])
+    return Instances(boxes=boxes_of(entries, boxes_from_masks(stack)), masks=stack, image_size=size)
 
 
 def write_json_atomic(path: Path | str, value: Any) -> None:
@@ -226,25 +262,27 @@ def check_output(path: Path | str) -> Path:
     return target
 
 
-def _find_by_stem(folder: Path, image_ids: list[ImageId]) -> dict[ImageId, Path]:
+def _find_by_stem(folder: Path, image_ids: list[ImageId], missing_ok: bool) -> dict[ImageId, Path]:
     files: dict[ImageId, list[Path]] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in IMAGE_SUFFIXES:
             keys: set[ImageId] = {path.stem} | ({int(path.stem)} if path.stem.isdecimal() else set())
             for key in keys:
                 files.setdefault(key, []).append(path)
-    if unknown := [image_id for image_id in image_ids if image_id not in files]:
+    unknown = [image_id for image_id in image_ids if image_id not in files]
+    if unknown and not (missing_ok and len(unknown) < len(image_ids)):
         raise InvalidInputError(
             f"expected an image in {folder} named after every image_id, as 139 is by 000000000139.jpg, "
             f"got {len(unknown)} without: {_named(unknown)}; give the annotations that map ids to file names"
         )
-    for image_id in image_ids:
+    found = [image_id for image_id in image_ids if image_id in files]
+    for image_id in found:
         if len(files[image_id]) > 1:
             raise InvalidInputError(
                 f"expected one image in {folder} for image_id {image_id!r}, got "
                 f"{_named([path.name for path in files[image_id]])}; give the annotations that map ids to file names"
             )
-    return {image_id: files[image_id][0] for image_id in image_ids}
+    return {image_id: files[image_id][0] for image_id in found}
 
 
 def load_json(path: Path | str) -> Any:
@@ -273,13 +311,13 @@ def _section(path: Path | str, name: str) -> list[Any]:
 
 def _checked_entries(entries: list[Any], path: Path | str) -> list[Result]:
     for index, entry in enumerate(entries):
-        if fault := _fault(entry):
+        if fault := entry_fault(entry):
             raise InvalidInputError(f"{path}, entry {index}: {fault}")
     return entries
 
 
-def _fault(entry: Any) -> str | None:
-    """Say what is wrong with an entry."""
+def entry_fault(entry: Any) -> str | None:
+    """Say what is wrong with an entry of a results file; None if nothing is."""
     if not isinstance(entry, dict):
         return f"expected an object, got {str(entry)[:60]}"
     if missing := {"image_id", "segmentation"} - entry.keys():
@@ -297,6 +335,14 @@ def _fault(entry: Any) -> str | None:
     ):
         return f"expected bbox as 4 finite numbers x, y, width, height, got {box}"
     return None
+
+
+def _file_name(image: Result) -> str | None:
+    """The file name of one of an annotations file's images, relative to the folder of images."""
+    name, url = image.get("file_name"), image.get("coco_url")
+    if isinstance(name, str):
+        return name
+    return "/".join(url.rsplit("/", 2)[1:]) if isinstance(url, str) else None
 
 
 def _is_id(value: Any) -> bool:

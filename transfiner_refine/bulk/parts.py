@@ -1,0 +1,172 @@
+"""The finished part of a bulk job: a folder of shards beside the output, from which a killed job goes on.
+
+A shard holds a fixed number of images, so that neither its content nor the output depends on where a job was
+interrupted. It is a line of JSON (what each record takes, what was skipped, the figures), and then the records.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from transfiner_refine.bulk.figures import Figures
+from transfiner_refine.bulk.source import Source
+from transfiner_refine.bulk.work import Outcome
+from transfiner_refine.data.coco import load_json, write_atomic, write_json_atomic
+from transfiner_refine.errors import InvalidInputError
+
+MANIFEST = "manifest.json"
+
+
+def pack(outcomes: Sequence[Outcome]) -> bytes:
+    """Make the content of a shard."""
+    header = {
+        "lengths": [[len(record) for record in outcome.records] for outcome in outcomes],
+        "skipped": [[outcome.index, outcome.skipped] for outcome in outcomes if outcome.skipped is not None],
+        "figures": Figures.total(outcome.figures for outcome in outcomes).to_json(),
+    }
+    return b"".join([json.dumps(header).encode(), b"\n", *(x for outcome in outcomes for x in outcome.records)])
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a shard says of itself.
+
+    Attributes:
+        lengths: Bytes of each record, by image.
+        skipped: Number of each skipped image, and why.
+        figures: Sums over the other images.
+        end: First byte of the first record.
+    """
+
+    lengths: list[list[int]]
+    skipped: list[tuple[int, str]]
+    figures: Figures
+    end: int
+
+
+class Parts:
+    """The folder ``OUTPUT.parts``.
+
+    Args:
+        output: The job's output.
+        source: Its images.
+        shard_images: Images of a shard; the last may have fewer.
+    """
+
+    def __init__(self, output: Path, source: Source, shard_images: int):
+        self.folder = output.with_name(f"{output.name}.parts")
+        self.source = source
+        self.shard_images = shard_images
+        self.shards = range(-(-len(source) // shard_images))
+
+    def open(self, manifest: dict[str, Any]) -> None:
+        """Make the folder, or go on with the one that is there.
+
+        Args:
+            manifest: What makes the job what it is, in plain JSON values.
+
+        Raises:
+            InvalidInputError: If the folder is of another job; the message says in what they differ.
+        """
+        path = self.folder / MANIFEST
+        if path.is_file():
+            if differences := _differences(load_json(path), manifest):
+                raise InvalidInputError(
+                    f"expected the unfinished job in {self.folder} to be this one, got another: {differences}; delete "
+                    "that folder to start anew, or give another --output"
+                )
+            return
+        # What was killed while it wrote the manifest has left a temporary file.
+        if self.folder.exists() and any(path.suffix != ".tmp" for path in self.folder.iterdir()):
+            raise InvalidInputError(
+                f"expected an unfinished job in {self.folder}, got a folder without {MANIFEST}: move it away"
+            )
+        write_json_atomic(path, manifest)
+
+    def recorded(self, name: str) -> Any:
+        """Look up a value of the manifest; None if there is no unfinished job."""
+        path = self.folder / MANIFEST
+        return load_json(path).get(name) if path.is_file() else None
+
+    def images_of(self, shard: int) -> range:
+        """Numbers of a shard's images."""
+        start = shard * self.shard_images
+        return range(start, min(start + self.shard_images, len(self.source)))
+
+    def pending(self) -> list[int]:
+        """Shards that are not finished."""
+        return [shard for shard in self.shards if not self._path(shard).is_file()]
+
+    def add(self, shard: int, content: bytes) -> None:
+        """Keep a finished shard: whole, or not at all."""
+        write_atomic(self._path(shard), content)
+
+    def remove(self) -> None:
+        """Remove the folder; the manifest last, so that a removal that is interrupted can be repeated."""
+        for path in self.folder.iterdir():
+            if path.name != MANIFEST:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(self.folder)
+
+    def remove_if_nothing_is_finished(self) -> None:
+        """Leave no folder behind that holds no work."""
+        if self.folder.is_dir() and len(self.pending()) == len(self.shards):
+            shutil.rmtree(self.folder)
+
+    def headers(self) -> Iterator[Header]:
+        """Read the headers of all shards, in order."""
+        for shard in self.shards:
+            with self._path(shard).open("rb") as file:
+                line = file.readline()
+            value = json.loads(line)
+            skipped = [(index, reason) for index, reason in value["skipped"]]
+            yield Header(value["lengths"], skipped, Figures.from_json(value["figures"]), len(line))
+
+    def assemble(self, output: Path) -> None:
+        """Write the output from the finished shards; it takes its place when it is complete."""
+        count = self.source.record_count
+        shard_of, starts = np.zeros(count, np.int64), np.zeros(count, np.int64)
+        lengths = np.zeros(count, np.int64)
+        for shard, header in enumerate(self.headers()):
+            start = header.end
+            for index, sizes in zip(self.images_of(shard), header.lengths, strict=True):
+                for position, size in zip(self.source.positions(index), sizes, strict=True):
+                    shard_of[position], starts[position], lengths[position] = shard, start, size
+                    start += size
+
+        def records() -> Iterator[bytes]:
+            for shard, positions in groupby(range(count), shard_of.__getitem__):
+                with self._path(shard).open("rb") as file:
+                    for position in positions:
+                        file.seek(starts[position])
+                        yield file.read(lengths[position])
+
+        scratch = self.folder / "scratch"
+        shutil.rmtree(scratch, ignore_errors=True)  # of an assembly that was interrupted
+        scratch.mkdir()
+        target = scratch / "output"
+        self.source.write(target, records(), scratch)
+        os.replace(target, output)
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / f"shard_{shard:06}"
+
+
+def _differences(found: dict[str, Any], expected: dict[str, Any]) -> str:
+    """Name what differs between two manifests, with the values where these are short."""
+    names = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
+
+    def described(name: str) -> str:
+        pair = f"{found.get(name)!r} instead of {expected.get(name)!r}"
+        return f"{name} ({pair})" if len(pair) < 80 else name
+
+    return ", ".join(map(described, names))

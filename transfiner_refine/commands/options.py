@@ -1,0 +1,36 @@
+"""What several commands have in common: options, and a progress bar."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from transfiner_refine.config import RefineOptions
+
+DEFAULTS = RefineOptions()
+
+Model = Annotated[
+    str | None, typer.Option(help="Directory or Hugging Face Hub id of a refiner.", show_default="the embedded one")
+]
+Device = Annotated[str | None, typer.Option(help="Torch device.", show_default="cpu")]
+Depth = Annotated[int | None, typer.Option(help="Quadtree levels to refine.", show_default="the model's")]
+TokenBudget = Annotated[int, typer.Option(help="Tokens held at once; bounds memory.")]
+KeepIfIouBelow = Annotated[
+    float, typer.Option(help="Keep the coarse mask if its IoU with the refined one is lower; 0 never does.")
+]
+KeepIfGainBelow = Annotated[
+    float, typer.Option(help="Keep the coarse mask if the refined one promises less Boundary IoU; -1 never does.")
+]
+Encode = Annotated[
+    Literal["auto", "image", "crops"],
+    typer.Option(help="Encode the whole image once, a crop for each mask, or whichever is cheaper."),
+]
+
+
+def progress_bar() -> Progress:
+    """A bar that leaves standard output to the results."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))
