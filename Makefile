@@ -1,6 +1,7 @@
 # make demo     refine a bundled photo and print what was gained
 # make test     ruff, pyright and the tests
 # make slow     the slow tests: sdist, wheel and an install into an empty environment
+# make bulk     the tests that need Ray and datasets, which make slow and make test skip
 # make lint     ruff and pyright alone
 # make format   what ruff can mend by itself
 # make clean    remove all that these commands created
@@ -27,7 +28,7 @@ export UV_CACHE_DIR := $(CACHE)/uv
 export XDG_CACHE_HOME := $(CACHE)
 
 .DEFAULT_GOAL := test
-.PHONY: demo test slow lint format clean
+.PHONY: demo test slow bulk lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/transfiner-refine demo
@@ -37,6 +38,11 @@ test: lint
 
 slow: $(VENV)/.installed-dev
 	$(PYTEST) -m slow
+
+bulk: $(VENV)/.installed-dev
+	$(call INSTALL,.[datasets$(COMMA)ray])
+	$(BIN)/python -m pip install --quiet psutil
+	$(PYTEST) tests/test_bulk_formats.py tests/test_bulk_ray.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check

@@ -73,6 +73,7 @@ class Detectron2Adapter(Adapter):
     """
 
     name = "detectron2"
+    trainer = "Detectron2's own trainer, such as detectron2.engine.DefaultTrainer (docs/adapters/detectron2.md)"
 
     def __init__(self, model: nn.Module, *, min_size: int = 800, max_size: int = 1333) -> None:
         heads: Any = getattr(model, "roi_heads", None)

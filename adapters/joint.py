@@ -20,6 +20,7 @@ import transfiner_refine
 from transfiner_refine.adapters.protocol import Adapter, JointOptions, Prediction
 from transfiner_refine.adapters.saving import DETECTOR, LATERALS, save_parts
 from transfiner_refine.config import ROOT_SIDE
+from transfiner_refine.data.photos import PhotoSample
 from transfiner_refine.errors import InvalidInputError
 from transfiner_refine.functional.boxes import expand_boxes
 from transfiner_refine.functional.paste import crop_box_masks, crop_masks, paste
@@ -76,6 +77,17 @@ class RefinedDetector(nn.Module):
     @abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the detector as the host does."""
+
+    @abstractmethod
+    def training_losses(self, samples: Sequence[PhotoSample]) -> dict[str, Tensor]:
+        """Losses of a training step on photos, brought into the form that the host takes.
+
+        Args:
+            samples: On the detector's device; labels count from 0.
+
+        Returns:
+            Scalars, weighted; those whose name begins with ``loss`` are to be summed.
+        """
 
     def train(self, mode: bool = True) -> RefinedDetector:
         """Set the mode; what is frozen keeps its running statistics and drops nothing out."""
@@ -227,11 +239,11 @@ class RefinedDetector(nn.Module):
         parts: dict[str, nn.Module] = {}
         if self.laterals is not None:
             parts[LATERALS] = self.laterals
-        if self.joint.train != "refiner":
+        if self.joint.train != "refiner" or adapter.recipe is not None:
             parts[DETECTOR] = self.detector
         fingerprint = adapter.fingerprint
         host = sys.modules.get(adapter.name)
-        record = {
+        record: dict[str, Any] = {
             "adapter": adapter.name,
             "feature_source": config.feature_source,
             "channels": config.feature_channels,
@@ -243,6 +255,10 @@ class RefinedDetector(nn.Module):
                 adapter.name: getattr(host, "__version__", None),
             },
         }
+        if adapter.categories is not None:
+            record["categories"] = list(adapter.categories)
+        if adapter.recipe is not None:
+            record["detector"] = adapter.recipe
         return save_parts(Path(directory), self.refiner_model, record, parts, fingerprint)
 
 

@@ -70,6 +70,7 @@ class MMDetAdapter(Adapter):
     """
 
     name = "mmdet"
+    trainer = "MMDetection's own Runner (docs/adapters/mmdet.md)"
 
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, BaseDetector):

@@ -110,13 +110,24 @@ class Adapter(ABC):
 
     Attributes:
         name: The host framework: ``"torchvision"``, ``"detectron2"``, ``"mmdet"``, ``"transformers"``.
+        trainer: What trains a model of this host, where :func:`~transfiner_refine.adapters.training.train_detector`
+            does not; None where it does.
+        first_label: Label of the first class.
         model: The detector.
+        categories: COCO records of the classes in the order of their labels, where a data set gave them; saved with the
+            model.
+        recipe: What builds the detector again, JSON values, where the package built it; saved with the model, and the
+            detector's weights with it.
         laterals: What turns a backbone's stages into maps of one width, where the host has no FPN
             (``torchvision.ops.FeaturePyramidNetwork`` does); trained and saved with the refiner. None elsewhere.
     """
 
     name: ClassVar[str]
+    trainer: ClassVar[str | None] = None
+    first_label: ClassVar[int] = 0
     model: nn.Module
+    categories: tuple[dict[str, Any], ...] | None = None
+    recipe: dict[str, Any] | None = None
     laterals: nn.Module | None = None
 
     def __init__(self, model: nn.Module) -> None:
@@ -138,6 +149,11 @@ class Adapter(ABC):
     @abstractmethod
     def backbone(self) -> nn.Module:
         """The part of the detector that makes its features; frozen with ``train="heads"``."""
+
+    @property
+    def class_count(self) -> int | None:
+        """Classes that the detector tells apart, without the background; None if it does not say."""
+        return None
 
     @property
     def source(self) -> str:

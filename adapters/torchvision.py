@@ -19,8 +19,10 @@ from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference
 
 from transfiner_refine.adapters.joint import RefinedDetector, crop_truth
 from transfiner_refine.adapters.protocol import Adapter, JointOptions, Prediction, as_images, evaluating, recording
+from transfiner_refine.data.photos import PhotoSample
 from transfiner_refine.errors import InvalidInputError
 from transfiner_refine.functional.paste import crop_box_masks
+from transfiner_refine.inputs import boxes_from_masks
 from transfiner_refine.modeling.model import RefinerModel
 from transfiner_refine.types import FeaturePyramid, Instances
 
@@ -41,6 +43,7 @@ class TorchvisionAdapter(Adapter):
     """
 
     name = "torchvision"
+    first_label = 1  # 0 is the background
 
     def __init__(self, model: nn.Module) -> None:
         roi_heads = getattr(model, "roi_heads", None)
@@ -67,6 +70,12 @@ class TorchvisionAdapter(Adapter):
     def backbone(self) -> nn.Module:
         """The detector's backbone with its FPN."""
         return cast(nn.Module, self.model.backbone)
+
+    @property
+    def class_count(self) -> int | None:
+        """Classes of the box head, without the background; None if it is not torchvision's own."""
+        layer = getattr(self.roi_heads.box_predictor, "cls_score", None)
+        return layer.out_features - 1 if isinstance(layer, nn.Linear) else None
 
     def detect(self, images: Any) -> list[Prediction]:
         """Run the detector in evaluation mode, without gradients; it is left in the mode in which it was.
@@ -186,6 +195,20 @@ class RefinedTorchvision(RefinedDetector):
             self.adapter.with_masks(prediction, instances.masks)
             for prediction, instances in zip(predictions, refined, strict=True)
         ]
+
+    def training_losses(self, samples: Sequence[PhotoSample]) -> dict[str, Tensor]:
+        """The detector's losses on photos, ``loss_refine`` and ``loss_incoherence``."""
+        weight = next(self.detector.parameters())
+        images = [sample.image.to(weight.dtype) / 255 for sample in samples]
+        targets = [
+            {
+                "boxes": boxes_from_masks(sample.masks).to(weight.dtype),
+                "labels": sample.labels + self.adapter.first_label,
+                "masks": sample.masks.to(torch.uint8),
+            }
+            for sample in samples
+        ]
+        return self(images, targets)
 
     def _losses(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None) -> dict[str, Tensor]:
         heads = self.adapter.roi_heads

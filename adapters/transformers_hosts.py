@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 from transfiner_refine.adapters.protocol import evaluating
+from transfiner_refine.data.photos import PhotoSample
 from transfiner_refine.errors import InvalidInputError
+from transfiner_refine.inputs import boxes_from_masks
 from transfiner_refine.types import FeaturePyramid
 
 PROBE_SIDE = 128
@@ -167,6 +169,41 @@ def unnormalised(processor: Any, pixel_values: Tensor, sizes: Sequence[Size]) ->
         pixels = pixels / 255
     pixels = pixels.clamp(0, 1)
     return [image[:, :rows, :columns] for image, (rows, columns) in zip(pixels, sizes, strict=True)]
+
+
+def training_input(host: Host, processor: Any, samples: Sequence[PhotoSample]) -> dict[str, Any]:
+    """Bring photos and their objects into a host's training input.
+
+    Args:
+        host: How the model is read.
+        processor: Its image processor.
+        samples: Photos, all on one device.
+
+    Returns:
+        The model's keyword arguments on that device: ``pixel_values`` and, if the processor pads, ``pixel_mask``, with
+        ``labels`` or with ``mask_labels`` and ``class_labels``. A mask that resizing leaves without a pixel stays.
+    """
+    device = samples[0].image.device
+    images = [sample.image for sample in samples]
+    inputs = dict(processor(images, return_tensors="pt", input_data_format="channels_first"))
+    inputs = {name: value.to(device) for name, value in inputs.items() if name in ("pixel_values", "pixel_mask")}
+    padded, sizes = input_sizes(inputs["pixel_values"], inputs.get("pixel_mask"))
+    masks = []
+    for sample, size in zip(samples, sizes, strict=True):
+        of_image = torch.zeros((len(sample.masks), *padded), device=device)
+        if len(sample.masks):
+            given = (sample.masks.shape[1], sample.masks.shape[2])
+            of_image[:, : size[0], : size[1]] = resize(sample.masks.float(), given, given, size) >= 0.5
+        masks.append(of_image)
+    if not host.boxes:
+        return inputs | {"mask_labels": masks, "class_labels": [sample.labels for sample in samples]}
+    labels = []
+    for sample, of_image in zip(samples, masks, strict=True):
+        height, width = sample.image.shape[1:]
+        boxes = boxes_from_masks(sample.masks)
+        fractions = box_convert(boxes / boxes.new_tensor([width, height, width, height]), "xyxy", "cxcywh")
+        labels.append({"class_labels": sample.labels, "boxes": fractions, "masks": of_image})
+    return inputs | {"labels": labels}
 
 
 def pixel_boxes(boxes: Tensor, size: Size) -> Tensor:

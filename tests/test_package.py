@@ -27,13 +27,19 @@ MAY_IMPORT = {
     "modeling": BASE | {"functional"},
     "pipeline": STACK,
     "refiner": STACK | {"pipeline"},
-    "visualize": STACK,
+    "canvas": set(),
+    "visualize": STACK | {"canvas"},
+    "attention": STACK | {"canvas", "refiner", "visualize"},
     "data": STACK | ON_THE_STACK,
     "evaluation": STACK | ON_THE_STACK,
     # A model in training is validated by the inference that its users will run.
     "training": STACK | ON_THE_STACK | {"refiner"},
-    "commands": STACK | ON_THE_STACK | {"refiner", "visualize"},
-    "cli": STACK | ON_THE_STACK | {"refiner", "visualize", "commands"},
+    "bulk": STACK | ON_THE_STACK | {"refiner"},
+    "web": STACK | {"data", "refiner", "canvas", "visualize", "attention"},
+    # It traces the network's modules, and repeats around the graphs what the pipeline does around the network.
+    "export": STACK | {"data", "pipeline", "refiner"},
+    "commands": STACK | ON_THE_STACK | {"refiner", "visualize", "bulk", "export", "web"},
+    "cli": STACK | ON_THE_STACK | {"refiner", "visualize", "bulk", "export", "commands"},
 }
 """Part of the package: the other parts that it may import."""
 
@@ -42,6 +48,9 @@ EXCEPTIONS = {
     ("transfiner_refine.types", "transfiner_refine.functional.rle"),
     # The released model is a detector and a refiner in one: like `Refiner`, it takes the user's image.
     ("transfiner_refine.modeling.released", "transfiner_refine.inputs"),
+    # The command that trains a detector with its refiner; the imports wait until it is called.
+    ("transfiner_refine.commands.train_joint", "transfiner_refine.adapters.models"),
+    ("transfiner_refine.commands.train_joint", "transfiner_refine.adapters.training"),
     # For type checkers alone: what an adapter makes, which is built on the adapter.
     ("transfiner_refine.adapters.protocol", "transfiner_refine.adapters.joint"),
 }
@@ -64,9 +73,18 @@ ADAPTERS = "transfiner_refine.adapters"
 SHARED = {f"{ADAPTERS}.{name}" for name in ("protocol", "joint", "saving")}
 """The modules that the adapters share."""
 
-LOADED_ON_DEMAND = {"accelerate", "faster_coco_eval", "matplotlib", "rich", "typer"} | {
-    name for name in HOSTS if not name.startswith("torchvision")
-}
+LOADED_ON_DEMAND = {
+    "accelerate",
+    "datasets",
+    "faster_coco_eval",
+    "gradio",
+    "matplotlib",
+    "onnx",
+    "onnxruntime",
+    "ray",
+    "rich",
+    "typer",
+} | {name for name in HOSTS if not name.startswith("torchvision")}
 
 WINDOWS = {"imshow", "namedWindow", "waitKey", "destroyAllWindows", "selectROI", "createTrackbar"}
 """Functions of OpenCV that its headless wheel lacks."""
@@ -126,10 +144,11 @@ def forbidden_imports(module: str, source: str, modules: set[str]) -> list[str]:
         forbidden = hosts
     elif part == "adapters":
         # An adapter of more than one file names the others after the first.
+        family = f"{ADAPTERS}.{module.removeprefix(f'{ADAPTERS}.').split('_')[0]}"
         others = [
             name
             for name in own
-            if name.startswith(f"{ADAPTERS}.") and name not in SHARED | {module} and not name.startswith(f"{module}_")
+            if name.startswith(f"{ADAPTERS}.") and name not in SHARED | {family} and not name.startswith(f"{family}_")
         ]
         forbidden = others + (hosts if len(hosts) > 1 else [])
     elif part == "":
@@ -195,6 +214,8 @@ MODULES = {
         ("adapters.mmdet", "from transfiner_refine import Refiner\nfrom .protocol import Prediction", True),
         ("adapters.mmdet", "from .torchvision import TorchvisionAdapter", False),
         ("adapters.mmdet", "from .mmdet_heads import Head", True),
+        ("adapters.mmdet_heads", "from .mmdet import MMDetAdapter", True),
+        ("adapters.mmdet_heads", "from .torchvision import TorchvisionAdapter", False),
         ("adapters.torchvision", "from .mmdet_heads import Head", False),
         ("adapters", "def adapt(model):\n    from .mmdet import MMDetAdapter", True),
         ("adapters", "import mmdet", False),

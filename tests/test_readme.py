@@ -193,7 +193,7 @@ def test_names_of_the_code_exist(document: Path):
     """Every dotted name in backticks that begins with a part of the package, such as ``functional.boxes``."""
     names = re.findall(r"`([a-z_]+(?:\.\w+)+)`", document.read_text(encoding="utf-8"))
     for name in names:
-        if name.split(".")[0] in PARTS and not name.endswith((".json", ".py")):
+        if name.split(".")[0] in PARTS and not name.endswith((".json", ".onnx", ".py")):
             assert resolves(name), f"{document.name} mentions {name}, which does not exist"
 
 

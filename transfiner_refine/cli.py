@@ -9,30 +9,42 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import cv2
 import numpy as np
-import torch
 import typer
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
 from transfiner_refine import visualize
+from transfiner_refine.bulk.work import load_refiner
+from transfiner_refine.commands.coco import coco
 from transfiner_refine.commands.convert import convert
 from transfiner_refine.commands.evaluate import evaluate
+from transfiner_refine.commands.export import export
+from transfiner_refine.commands.options import (
+    DEFAULTS,
+    Depth,
+    Device,
+    Encode,
+    KeepIfGainBelow,
+    KeepIfIouBelow,
+    Model,
+    TokenBudget,
+)
+from transfiner_refine.commands.serve import serve
 from transfiner_refine.commands.train import train
 from transfiner_refine.config import RefineOptions
 from transfiner_refine.data.coco import (
     Result,
-    boxes_of,
     check_output,
+    decode_instances,
     decode_masks,
-    find_images,
     group_by_image,
+    join_instances,
     load_annotations,
     load_image_index,
     load_results,
@@ -43,7 +55,7 @@ from transfiner_refine.data.mask_image import read_mask
 from transfiner_refine.errors import InvalidInputError, TransfinerError
 from transfiner_refine.evaluation.boundary import boundary_iou, mask_iou
 from transfiner_refine.evaluation.matching import match_detections
-from transfiner_refine.inputs import as_image, boxes_from_masks
+from transfiner_refine.inputs import as_image
 from transfiner_refine.refiner import Refiner
 from transfiner_refine.types import Instances
 
@@ -54,27 +66,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-DEFAULTS = RefineOptions()
 ASSETS = Path(__file__).parent / "assets" / "demo"
 DEMO_PHOTO = "coffee.jpg"
 REFINED = "refined.json"
-
-Model = Annotated[
-    str | None, typer.Option(help="Directory or Hugging Face Hub id of a refiner.", show_default="the embedded one")
-]
-Device = Annotated[str | None, typer.Option(help="Torch device.", show_default="cpu")]
-Depth = Annotated[int | None, typer.Option(help="Quadtree levels to refine.", show_default="the model's")]
-TokenBudget = Annotated[int, typer.Option(help="Tokens held at once; bounds memory.")]
-KeepIfIouBelow = Annotated[
-    float, typer.Option(help="Keep the coarse mask if its IoU with the refined one is lower; 0 never does.")
-]
-KeepIfGainBelow = Annotated[
-    float, typer.Option(help="Keep the coarse mask if the refined one promises less Boundary IoU; -1 never does.")
-]
-Encode = Annotated[
-    Literal["auto", "image", "crops"],
-    typer.Option(help="Encode the whole image once, a crop for each mask, or whichever is cheaper."),
-]
 
 
 def main() -> None:
@@ -95,7 +89,7 @@ def demo(
 ) -> None:
     """Refine a bundled photo's masks, draw them, and compare them with an outline drawn by hand."""
     check_output(output / REFINED)
-    refiner = _load(model, device)
+    refiner = load_refiner(model, device)
     table = Table("photo", "IoU", "boundary IoU", title="coarse -> refined, against hand-drawn outlines")
     results = load_results(ASSETS / "detections.json")
     outlines = load_annotations(ASSETS / "outlines.json")
@@ -106,7 +100,7 @@ def demo(
     refined_results = list(results)
     for image_id, positions in group_by_image(results).items():
         photo = as_image(ASSETS / names[image_id])
-        coarse = _coarse(results, positions, photo)
+        coarse = decode_instances(results, positions, _size(photo))
         refined = _refine(refiner, photo, coarse, RefineOptions(return_quadtree=True))
         _write_pictures(output, Path(names[image_id]).stem, photo, coarse, refined)
         _replace(refined_results, positions, refined)
@@ -153,11 +147,11 @@ def image(
     pixels = as_image(photo)
     if predictions is not None:
         results = _results_of(photo, predictions)
-        coarse = _coarse(results, range(len(results)), pixels)
+        coarse = decode_instances(results, range(len(results)), _size(pixels))
     else:
         results = [{"image_id": photo.stem} for _ in mask_files]
-        coarse = _instances(np.stack([read_mask(path, _size(pixels)) for path in mask_files]), results)
-    refined = _refine(_load(model, device), pixels, coarse, options)
+        coarse = join_instances(np.stack([read_mask(path, _size(pixels)) for path in mask_files]), results)
+    refined = _refine(load_refiner(model, device), pixels, coarse, options)
     if predictions is None:
         results = refined.to_coco(photo.stem)
         for number, mask in enumerate(refined.masks.numpy(force=True)):
@@ -169,62 +163,12 @@ def image(
     print(f"{len(refined)} masks refined, {_kept(refined)} kept coarse: {output}")
 
 
-@app.command()
-def coco(
-    images: Annotated[Path, typer.Option(help="Folder of the images.")],
-    predictions: Annotated[Path, typer.Option(help="COCO results file to refine.")],
-    output: Annotated[Path, typer.Option(help="COCO results file to write.")],
-    annotations: Annotated[
-        Path | None,
-        typer.Option(help="COCO annotations that map image ids to file names.", show_default="ids are file names"),
-    ] = None,
-    model: Model = None,
-    device: Device = None,
-    depth: Depth = None,
-    token_budget: TokenBudget = DEFAULTS.token_budget,
-    keep_if_iou_below: KeepIfIouBelow = DEFAULTS.keep_if_iou_below,
-    keep_if_gain_below: KeepIfGainBelow = DEFAULTS.keep_if_gain_below,
-    encode: Encode = DEFAULTS.encode,
-) -> None:
-    """Refine every mask of a COCO results file; all else in it stays as it is."""
-    options = RefineOptions(
-        depth=depth,
-        token_budget=token_budget,
-        keep_if_iou_below=keep_if_iou_below,
-        keep_if_gain_below=keep_if_gain_below,
-        encode=encode,
-    )
-    results = load_results(predictions)
-    groups = group_by_image(results)
-    paths = find_images(images, groups, None if annotations is None else load_image_index(annotations))
-    check_output(output)
-    refiner = _load(model, device)
-    kept = 0
-    with _progress() as progress:
-        for image_id, positions in progress.track(list(groups.items()), description="Refining"):
-            try:
-                photo = as_image(paths[image_id])
-                refined = _refine(refiner, photo, _coarse(results, positions, photo), options)
-            except InvalidInputError as error:
-                raise InvalidInputError(f"{predictions}, image_id {image_id!r}: {error}") from error
-            _replace(results, positions, refined)
-            kept += _kept(refined)
-    write_json_atomic(output, results)
-    print(f"{len(results)} masks of {len(groups)} images refined, {kept} kept coarse: {output}")
-
-
+app.command()(coco)
 app.command()(convert)
 app.command()(evaluate)
+app.command()(export)
+app.command()(serve)
 app.command()(train)
-
-
-def _load(model: str | None, device: str | None) -> Refiner:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # what torch raises for a device it does not know, or lacks
-        reason = str(error).splitlines()[0]
-        raise InvalidInputError(f"expected a device that torch has here, as cpu, got {device!r}: {reason}") from error
-    return Refiner.from_pretrained(model, device=device)
 
 
 def _refine(refiner: Refiner, photo: Tensor, coarse: Instances, options: RefineOptions) -> Instances:
@@ -245,18 +189,6 @@ def _results_of(photo: Path, predictions: Path) -> list[Result]:
             f"got results of {len(groups)} images: use the coco command for all of them"
         )
     return chosen
-
-
-def _coarse(results: Sequence[Result], positions: Sequence[int], photo: Tensor) -> Instances:
-    """Decode some results of one photo."""
-    return _instances(decode_masks(results, positions, _size(photo)), [results[position] for position in positions])
-
-
-def _instances(masks: NDArray, entries: Sequence[Result]) -> Instances:
-    """Join masks ``(N, H, W)`` with the boxes of their entries."""
-    stack = torch.from_numpy(masks)
-    size = (stack.shape[1], stack.shape[2])
-    return Instances(boxes=boxes_of(entries, boxes_from_masks(stack)), masks=stack, image_size=size)
 
 
 def _replace(results: list[Result], positions: Sequence[int], refined: Instances) -> None:
@@ -296,9 +228,3 @@ def _write_pictures(output: Path, name: str, photo: Tensor, coarse: Instances, r
 def _png(picture: NDArray[np.uint8]) -> bytes:
     """Encode a grey or BGR picture."""
     return cv2.imencode(".png", np.ascontiguousarray(picture))[1].tobytes()
-
-
-def _progress() -> Progress:
-    """A bar that leaves standard output to the results."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True))

@@ -161,7 +161,7 @@ class LevelNodes:
 
     def __post_init__(self) -> None:
         shapes = {name: tuple(getattr(self, name).shape) for name in ("roi", "row", "col", "parent", "logits")}
-        if self.roi.ndim != 1 or len(set(shapes.values())) != 1:
+        if self.roi.ndim != 1 or any(shape != shapes["roi"] for shape in shapes.values()):
             raise InvalidInputError(f"expected node columns of one shape (K,), got {shapes}")
 
     def __len__(self) -> int:

@@ -129,6 +129,9 @@ def weighted_rows(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
     Returns:
         ``(P, C)``.
     """
+    if torch.compiler.is_compiling():
+        # Neither ONNX nor a compiler has a counterpart of embedding_bag; they fuse this sum, which is one.
+        return (F.embedding(rows, table) * weights.to(table.dtype)[..., None]).sum(dim=1)
     if rows.shape[0] == 0:
         return table.new_zeros((0, table.shape[1])) + 0 * table[:1].sum()
     return F.embedding_bag(rows, table, mode="sum", per_sample_weights=weights.to(table.dtype))

@@ -61,7 +61,7 @@ def refinement_statistics(output: TransfinerOutput, coarse: Tensor, mask_thresho
 
 def _mean_by_roi(values: Tensor, roi: Tensor, count: int, empty: float) -> Tensor:
     """Mean of the values of each of ``count`` RoIs, ``(count,)``; ``empty`` for a RoI without any."""
-    number = torch.bincount(roi, minlength=count)
+    number = values.new_zeros(count).index_add(0, roi, torch.ones_like(values))
     total = values.new_zeros(count).index_add(0, roi, values)
     return torch.where(number > 0, total / number.clamp(min=1), empty)
 

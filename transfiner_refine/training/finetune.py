@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from transfiner_refine.training.card import CardFacts, write_card
 from transfiner_refine.training.loop import TrainResult, make_accelerator, train
 from transfiner_refine.training.losses import LossConfig
 from transfiner_refine.training.metrics import Tracker
-from transfiner_refine.training.schedule import FINE_TUNING, TrainConfig
+from transfiner_refine.training.schedule import FINE_TUNING, TrainConfig, fit_batch
 from transfiner_refine.training.validation import Validation, ValidationImage, matched_image, simulated_image
 
 OBJECTIVE = LossConfig(cross_entropy_weight=0.5, nodes_per_level=(50, 150))
@@ -92,7 +91,7 @@ def fine_tune(
             [source], folder, side=side, box_margin=start.config.box_margin, real_share=real_share, seed=config.seed
         )
     judge = Validation(list(_validation_images(judged, min_area, config.seed)))
-    config = _fit_batch(config, len(dataset), accelerator.num_processes)
+    config = fit_batch(config, len(dataset), accelerator.num_processes)
 
     found = " with the masks of a detector where it found them" if training.predictions else ""
     facts = CardFacts(
@@ -134,14 +133,6 @@ def _check_model(model: RefinerModel) -> int:
     if config.depth == 0:
         raise InvalidInputError("expected a refiner with at least one quadtree level, got depth 0: nothing to train")
     return ROOT_SIDE << (config.depth - 1)
-
-
-def _fit_batch(config: TrainConfig, objects: int, processes: int) -> TrainConfig:
-    """Shrink the batch to the data, so that a handful of objects makes a step too."""
-    if objects >= config.batch_size:
-        return config
-    micro = max(1, min(config.micro_batch, objects // processes))
-    return replace(config, micro_batch=micro, batch_size=max(1, objects // (micro * processes)) * micro * processes)
 
 
 def _validation_images(judged: AnnotatedSet, min_area: float, seed: int) -> Iterator[ValidationImage]:

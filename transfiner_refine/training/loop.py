@@ -1,4 +1,4 @@
-"""One training loop on Hugging Face accelerate: seeded, resumable to the step, validated through the full refiner.
+"""One training loop on Hugging Face accelerate: seeded, resumable to the step, validated through the full inference.
 
 Every random choice depends on the seed, the step and the place in its batch alone. A run that was killed goes on as if
 nothing had happened, and one process learns what several learn together.
@@ -22,9 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 from transfiner_refine.data.coco import write_atomic
 from transfiner_refine.data.crops import CropSample, init_worker
 from transfiner_refine.errors import MissingDependencyError, TrainingError
-from transfiner_refine.modeling.hub import CARD, save_model
+from transfiner_refine.modeling.hub import CARD
 from transfiner_refine.modeling.model import RefinerModel
-from transfiner_refine.refiner import Refiner
 from transfiner_refine.training.checkpoint import (
     Progress,
     check_record,
@@ -32,18 +31,18 @@ from transfiner_refine.training.checkpoint import (
     save_checkpoint,
     write_record,
 )
-from transfiner_refine.training.losses import LossConfig, RefinementLoss
+from transfiner_refine.training.losses import LossConfig
 from transfiner_refine.training.metrics import Bar, MetricsLog, Record, Tracker, require_tracker
 from transfiner_refine.training.schedule import (
     MicroBatches,
     TrainConfig,
-    freeze,
     learning_rate_factor,
     mix_seed,
-    parameter_groups,
     validation_interval,
     warming_average,
 )
+from transfiner_refine.training.statistics import RunningStatistics
+from transfiner_refine.training.task import CropTask, Task, Validate
 
 try:
     from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -54,19 +53,16 @@ except ImportError as error:
 
 BEST = "best"
 
-Validate = Callable[[Refiner], Record]
-"""Figures of a refiner on data that training never sees; ``score`` decides which refiner is best."""
-
 
 @dataclass(frozen=True)
 class TrainResult:
     """How a run ended.
 
     Attributes:
-        directory: The best refiner, ready for :meth:`Refiner.from_pretrained`.
+        directory: The best weights, in the form that users load: a refiner's directory.
         steps: Steps made.
-        start: Figures of the refiner that training started from.
-        best: Figures of the best refiner, which may be the one that training started from.
+        start: Figures of what training started from.
+        best: Figures of the best weights, which may be those that training started from.
         ended_early: Whether the run ended before its last step, for lack of progress.
     """
 
@@ -123,11 +119,38 @@ def train(
         TrainingError: If the gradient stays infinite or undefined; the last checkpoint is kept.
         MissingDependencyError: If the tracker is not installed.
     """
+    task = CropTask(model, dataset, loss_config, validate, record or {})
+    return run_task(task, directory, config, card=card, tracker=tracker)
+
+
+def run_task(
+    task: Task,
+    directory: Path,
+    config: TrainConfig,
+    *,
+    card: Callable[[TrainResult], str] | None = None,
+    tracker: Tracker | None = None,
+) -> TrainResult:
+    """Train whatever a task trains; a run that was interrupted goes on from its last checkpoint.
+
+    Args:
+        task: Model, data, objective and validation.
+        directory: See :func:`train`; also ``config``, ``card`` and ``tracker``.
+        config: See there.
+        card: See there.
+        tracker: See there.
+
+    Returns:
+        Where the best weights are, and the figures of them and of the start.
+
+    Raises:
+        InvalidInputError: As :func:`train`, also the other errors.
+    """
     if tracker is not None:
         require_tracker()
-    settings = {"train": asdict(config), "loss": asdict(loss_config), "model": asdict(model.config), **(record or {})}
+    settings = {"train": asdict(config), **task.record}
     check_record(directory, settings)
-    run = _Run(model, dataset, directory, config, loss_config, validate, card)
+    run = _Run(task, directory, config, card)
     accelerator = run.accelerator
     accelerator.wait_for_everyone()  # nobody writes before everybody has checked
     if accelerator.is_main_process:
@@ -147,36 +170,34 @@ class _Run:
 
     def __init__(
         self,
-        model: RefinerModel,
-        dataset: Dataset[CropSample],
+        task: Task,
         directory: Path,
         config: TrainConfig,
-        loss_config: LossConfig,
-        validate: Validate,
         card: Callable[[TrainResult], str] | None,
     ):
         torch.set_flush_denormal(True)
-        assert isinstance(dataset, Sized)
-        self.dataset, self.directory, self.config = dataset, directory, config
-        self.validate, self.card = validate, card
+        assert isinstance(task.dataset, Sized)
+        self.task, self.directory, self.config, self.card = task, directory, config, card
         self.accelerator = make_accelerator()
         self.device = self.accelerator.device
         self.batches = MicroBatches(
-            len(dataset), config, self.accelerator.process_index, self.accelerator.num_processes
+            len(task.dataset), config, self.accelerator.process_index, self.accelerator.num_processes, task.unit
         )
         self.interval = validation_interval(config, self.batches.steps)
-        self.model = model.to(self.device)
-        freeze(model, config)
+        self.model = task.model.to(self.device)
+        groups = task.parameter_groups(config)
         fused = self.device.type in ("cpu", "cuda")
-        self.optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config.learning_rate, fused=fused)
-        self.average = AveragedModel(model, avg_fn=warming_average(config.ema))
-        resumed = load_checkpoint(directory, model, self.average, self.optimizer)
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused)
+        self.average = AveragedModel(self.model, avg_fn=warming_average(config.ema))
+        resumed = load_checkpoint(directory, self.model, self.average, self.optimizer)
         self.progress = resumed or Progress()
         self.is_new = resumed is None
-        self.objective = self.accelerator.prepare(RefinementLoss(model, loss_config)).train()
+        self.objective = self.accelerator.prepare(task.objective()).train()
+        self.statistics = RunningStatistics(self.model)
         self.loader = DataLoader(
-            dataset,
+            task.dataset,
             batch_sampler=self.batches,
+            collate_fn=task.collate,
             num_workers=config.workers,
             worker_init_fn=init_worker,
             persistent_workers=config.workers > 0,
@@ -213,26 +234,28 @@ class _Run:
         """Whether the last validations were all without progress."""
         return self.config.patience is not None and self.progress.stale >= self.config.patience
 
-    def _epoch(self) -> Iterator[CropSample]:
+    def _epoch(self) -> Iterator[Any]:
         """The micro-batches that are left of the epoch in which the run stands."""
         self.batches.epoch, self.batches.start = divmod(self.progress.step, self.batches.steps)
-        self.dataset.set_epoch(self.batches.epoch)  # type: ignore[attr-defined]
+        self.task.dataset.set_epoch(self.batches.epoch)  # type: ignore[attr-defined]
         return iter(self.loader)
 
-    def _step(self, batches: Iterator[CropSample]) -> None:
+    def _step(self, batches: Iterator[Any]) -> None:
         """One step of the optimiser, unless its gradient is not finite."""
         progress, config, places = self.progress, self.config, self.batches.places
         sums: dict[str, Tensor] = {}
+        self.statistics.begin()
         for place in places:
-            batch = CropSample(*(column.to(self.device, non_blocking=True) for column in next(batches)))
+            batch = self.task.to_device(next(batches), self.device)
             torch.manual_seed(mix_seed(config.seed, progress.step, place))
             # Gradients of the processes are averaged once a step.
             is_last = place == places[-1]
             with nullcontext() if is_last else self.accelerator.no_sync(self.objective):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                    losses = self.objective(batch.image, batch.roi, batch.coarse, batch.target, batch.weight)
+                    losses = self.objective(*batch)
                 loss = torch.stack([value for name, value in losses.items() if name.startswith("loss")]).sum()
                 self.accelerator.backward(loss / len(places))
+            self.statistics.collect()
             for name, value in (losses | {"loss": loss}).items():
                 sums[name] = sums.get(name, 0) + value.detach().float() / len(places)
         for group in self.optimizer.param_groups:
@@ -241,6 +264,7 @@ class _Run:
         progress.step += 1
         if math.isfinite(norm):  # the gradient is that of all processes, so that all of them decide alike
             self.optimizer.step()
+            self.statistics.apply(len(places), self._mean_over_processes)
             self.average.update_parameters(self.model)
             progress.skipped_in_a_row = 0
             progress.count += 1
@@ -261,9 +285,9 @@ class _Run:
     def _judge(self, bar: Bar) -> None:
         """Validate the averaged weights, keep them if they are the best so far, and save where the run stands."""
         progress = self.progress
-        averaged: RefinerModel = self.average.module  # type: ignore[assignment]
+        averaged = self.average.module
         started = time.perf_counter()
-        figures = self.validate(Refiner(averaged))
+        figures = self.task.judge(averaged)
         figures["validation_s"] = time.perf_counter() - started
         is_best = figures["score"] > progress.best
         if is_best:
@@ -274,7 +298,7 @@ class _Run:
         bar.report({name: record[name] for name in ("step", "loss", *figures) if name in record})
         self.log.draw()
         if is_best and self.accelerator.is_main_process:
-            save_model(averaged, self.directory / BEST)
+            self.task.save(averaged, self.directory / BEST)
             if self.card is not None:
                 write_atomic(self.directory / BEST / CARD, self.card(self.result()).encode())
         self._save()
@@ -300,9 +324,11 @@ class _Run:
         """Replace the sums of the losses by their mean over processes."""
         losses = self.progress.losses
         if losses and self.accelerator.num_processes > 1:
-            values = torch.tensor(list(losses.values()), device=self.device)
-            mean: Tensor = self.accelerator.reduce(values, reduction="mean")  # type: ignore[assignment]
+            mean = self._mean_over_processes(torch.tensor(list(losses.values()), device=self.device))
             self.progress.losses = dict(zip(losses, mean.tolist(), strict=True))
+
+    def _mean_over_processes(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values, reduction="mean")  # type: ignore[return-value]
 
     def _save(self) -> None:
         """Write a checkpoint, unless the run may be failing."""

@@ -40,7 +40,7 @@ Tracker = Literal["trackio"]
 
 PANELS = (
     ("losses", ("loss",)),
-    ("IoU", ("iou", "gain")),
+    ("IoU, AP", ("iou", "gain", "_ap")),
     ("share made worse", ("worse",)),
     ("incoherence detector", ("recall", "precision", "accuracy")),
 )

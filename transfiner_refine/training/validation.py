@@ -29,6 +29,7 @@ from transfiner_refine.modeling.model import RefinerModel
 from transfiner_refine.refiner import Refiner
 from transfiner_refine.training.calibration import fit_gain
 from transfiner_refine.training.coarse import simulate_coarse
+from transfiner_refine.training.processes import map_shared
 
 WORSE_COSTS = 0.2
 """What a mask made worse takes from the score: as much as a gain of 0.2 gives."""
@@ -144,14 +145,7 @@ class Validation:
             (:class:`~transfiner_refine.evaluation.detector.DetectorCounts`) and ``nodes_<level>``, those of a mask;
             ``score``, the gain in both kinds of IoU less ``WORSE_COSTS`` times ``worse``.
         """
-        rank, processes = 0, 1
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        parts = [self._judge(refiner, image) for image in self.images[rank::processes]]
-        if processes > 1:
-            gathered: list[Any] = [None] * processes
-            torch.distributed.all_gather_object(gathered, parts)
-            parts = [gathered[i % processes][i // processes] for i in range(len(self.images))]
+        parts = map_shared(lambda image: self._judge(refiner, image), self.images)
         scores, statistics, counts = zip(*parts, strict=True)
         scores = np.concatenate(scores)
         if refiner.model.gain_predictor is not None:

@@ -1,0 +1,266 @@
+"""Refines masks with the exported ONNX graphs: numpy and onnxruntime, no torch.
+
+The export puts a copy of this file beside the graphs as ``onnx_refiner.py``, so that it must not need the package.
+
+N instances of an image, H×W image pixels, S RoI side. Boxes are half-open xyxy in continuous pixels.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+try:
+    from transfiner_refine.errors import InvalidInputError, MissingDependencyError
+except ImportError:  # a copy of this file on a machine without the package, or without torch
+    InvalidInputError, MissingDependencyError = ValueError, ImportError  # type: ignore[misc, assignment]
+
+FORMAT_VERSION = 1
+"""Version of ``config.json`` that this runtime reads."""
+
+
+@dataclass(frozen=True, eq=False)
+class RefinedMasks:
+    """The refined masks of one image.
+
+    Attributes:
+        masks: ``(N, H, W)`` bool.
+        probs: ``(N, S, S)`` float32 refined probabilities, RoI frame; zeros for an instance that cannot be refined.
+        rois: ``(N, 4)`` float32 xyxy, image pixels.
+        kept_coarse: ``(N,)`` bool, where the refinement strayed too far or promised too little and was refused.
+        predicted_gain: ``(N,)`` float32, or None if the model does not predict it.
+    """
+
+    masks: np.ndarray
+    probs: np.ndarray
+    rois: np.ndarray
+    kept_coarse: np.ndarray
+    predicted_gain: np.ndarray | None
+
+
+class OnnxRefiner:
+    """A refiner on onnxruntime.
+
+    It does what ``Refiner.refine`` does with ``RefineOptions(encode="crops")`` and the options of the export.
+
+    Args:
+        directory: Folder that the export has written.
+        threads: Threads of onnxruntime; 0 takes all cores.
+        providers: onnxruntime's execution providers, the preferred one first.
+
+    Raises:
+        MissingDependencyError: If onnxruntime is not installed.
+        InvalidInputError: If the folder holds no export that this runtime can read.
+
+    Example:
+        >>> refined = OnnxRefiner("exported").refine(image, boxes=boxes, masks=masks)
+    """
+
+    def __init__(
+        self, directory: str | Path, *, threads: int = 0, providers: tuple[str, ...] = ("CPUExecutionProvider",)
+    ):
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise MissingDependencyError("onnxruntime is not installed: pip install onnxruntime") from error
+        folder = Path(directory)
+        self.config = _read_config(folder)
+        settings = onnxruntime.SessionOptions()
+        settings.intra_op_num_threads = threads
+
+        def session(name: str) -> Any:
+            return onnxruntime.InferenceSession(str(folder / name), settings, providers=list(providers))
+
+        self._encoder, self._refiner = session("image_encoder.onnx"), session("refiner.onnx")
+
+    def refine(self, image: np.ndarray, *, masks: np.ndarray, boxes: Any = None, batch_size: int = 4) -> RefinedMasks:
+        """Refine the masks of one image.
+
+        Args:
+            image: ``(H, W, 3)`` uint8 RGB.
+            masks: ``(N, H, W)`` bool, or float probabilities in [0, 1].
+            boxes: ``(N, 4)`` xyxy pixels; None takes the boxes of the masks.
+            batch_size: Instances that go through the graphs at once; time per instance hardly depends on it, memory
+                does.
+
+        Raises:
+            InvalidInputError: If shapes or dtypes do not fit.
+        """
+        config = self.config
+        threshold, side = config["mask_threshold"], config["roi_side"]
+        image, masks = _checked(image, masks)
+        refined = masks.copy() if masks.dtype == np.bool_ else masks >= threshold
+        corners = _boxes_of(refined) if boxes is None else np.asarray(boxes, np.float32)
+        if corners.shape != (len(masks), 4):
+            raise InvalidInputError(f"expected boxes of shape ({len(masks)}, 4), one per mask, got {corners.shape}")
+        size = corners[:, 2:] - corners[:, :2]
+        margin = np.float32(config["box_margin"]) * size
+        rois = np.concatenate([corners[:, :2] - margin, corners[:, 2:] + margin], axis=1)
+        inside = (corners[:, :2] < (masks.shape[2], masks.shape[1])).all(axis=1) & (corners[:, 2:] > 0).all(axis=1)
+        usable = np.flatnonzero((size > 0).all(axis=1) & inside)
+        probs = np.zeros((len(masks), side, side), np.float32)
+        kept = np.zeros(len(masks), np.bool_)
+        predicts_gain = len(self._refiner.get_outputs()) == 3
+        gains = np.zeros(len(masks), np.float32) if predicts_gain else None
+        pyramid = _ImagePyramid(image, config["outside"])
+        for start in range(0, len(usable), batch_size):
+            index = usable[start : start + batch_size]
+            coarse = np.stack([_crop_mask(masks[i], rois[i], side) for i in index])
+            found, touched, *gain = self._run(pyramid, rois[index], coarse)
+            present = coarse.max(axis=(1, 2)) >= threshold
+            refused = _iou(found >= threshold, coarse >= threshold) < config["keep_if_iou_below"]
+            if gains is not None:
+                refused |= gain[0] < config["keep_if_gain_below"]
+                gains[index] = gain[0]
+            kept[index] = present & refused
+            touched &= (present & ~refused)[:, None, None]
+            probs[index] = np.where(touched, found, coarse)
+            for i, where in zip(index, touched, strict=True):
+                _paste(probs[i], where, rois[i], refined[i], threshold)
+        return RefinedMasks(refined, probs, rois, kept, gains)
+
+    def _run(self, pyramid: _ImagePyramid, rois: np.ndarray, coarse: np.ndarray) -> list[np.ndarray]:
+        """Encode a window around each of n RoIs, and refine: probabilities, touched cells, and predicted gains."""
+        crop_side = self.config["crop_side"]
+        centre = (rois[:, :2] + rois[:, 2:]) / 2
+        half = (rois[:, 2:] - rois[:, :2]).max(axis=1, keepdims=True) * (crop_side / self.config["crop_span"] / 2)
+        windows = np.concatenate([centre - half, centre + half], axis=1).astype(np.float32)
+        pixels = np.stack([pyramid.crop(window, crop_side) for window in windows])
+        maps = self._encoder.run(None, {"pixels": pixels})
+        scale = crop_side / (windows[:, 2:] - windows[:, :2])
+        in_window = (rois.reshape(-1, 2, 2) - windows[:, None, :2]) * scale[:, None]
+        feed = {"rois": in_window.reshape(-1, 4), "image": np.arange(len(rois)), "coarse": coarse}
+        names = [x["name"] for x in self.config["image_encoder"]["outputs"]]
+        feed |= dict(zip(names, maps, strict=True))
+        return self._refiner.run(None, feed)
+
+
+class _ImagePyramid:
+    """An image and its halvings, made when a window asks for them."""
+
+    def __init__(self, image: np.ndarray, outside: float):
+        self.outside = np.float32(outside)
+        # Relative to the grey that fills what lies beyond the border, where samples are zero.
+        self.levels = [image.transpose(2, 0, 1).astype(np.float32) / np.float32(255) - self.outside]
+
+    def crop(self, window: np.ndarray, side: int) -> np.ndarray:
+        """Resample a window ``(4,)`` to ``(3, side, side)`` float32 in [0, 1], two samples per pixel and axis."""
+        shrink = max(float((window[2:] - window[:2]).max()) / side, 1.0)
+        level = int(np.log2(np.float32(shrink)))
+        while len(self.levels) <= level:
+            last = self.levels[-1]
+            padded = np.pad(last, ((0, 0), (0, last.shape[1] % 2), (0, last.shape[2] % 2)))
+            self.levels.append(padded.reshape(3, padded.shape[1] // 2, 2, padded.shape[2] // 2, 2).mean(axis=(2, 4)))
+        pixels = self.levels[level]
+        x0, y0, x1, y1 = window / np.float32(2**level)
+        rows, of_rows = _resampling(y0, y1, side, 2, pixels.shape[1])
+        columns, of_columns = _resampling(x0, x1, side, 2, pixels.shape[2])
+        return of_rows @ pixels[:, rows, columns] @ of_columns.T + self.outside
+
+
+def _resampling(start: Any, end: Any, cells: int, samples: int, length: int) -> tuple[slice, np.ndarray]:
+    """Averages over the cells of an interval of a line of ``length`` pixels, ``samples`` of them in each.
+
+    Returns:
+        The pixels that count, and ``(cells, pixels)`` float32 weights.
+    """
+    step = (end - start) / np.float32(cells * samples)
+    positions = start + (np.arange(cells * samples, dtype=np.float32) + np.float32(0.5)) * step - np.float32(0.5)
+    weights = _interpolation(positions, length)
+    used = np.flatnonzero(weights.any(axis=0))
+    pixels = slice(used[0], used[-1] + 1) if len(used) else slice(0, 1)
+    return pixels, weights[:, pixels].reshape(cells, samples, -1).mean(axis=1)
+
+
+def _interpolation(positions: np.ndarray, length: int) -> np.ndarray:
+    """Weights of linear interpolation, with RoIAlign's rule at the border.
+
+    Args:
+        positions: ``(P,)`` float32 in cells, 0 at the centre of the first.
+        length: Cells.
+
+    Returns:
+        ``(P, length)`` float32; zero more than one cell outside, the border's value up to there.
+    """
+    inside = (positions >= -1) & (positions <= length)
+    clipped = positions.clip(0, length - 1)
+    low = clipped.astype(np.int64)
+    part = clipped - low
+    weights = np.zeros((len(positions), length), np.float32)
+    line = np.arange(len(positions))
+    weights[line, low] = (1 - part) * inside
+    weights[line, np.minimum(low + 1, length - 1)] += part * inside
+    return weights
+
+
+def _crop_mask(mask: np.ndarray, roi: np.ndarray, side: int) -> np.ndarray:
+    """Average a mask ``(H, W)`` over the cells of a RoI: ``(side, side)`` float32."""
+    x0, y0, x1, y1 = roi
+    rows, of_rows = _resampling(y0, y1, side, int(np.ceil((y1 - y0) / np.float32(side))), mask.shape[0])
+    columns, of_columns = _resampling(x0, x1, side, int(np.ceil((x1 - x0) / np.float32(side))), mask.shape[1])
+    return of_rows @ mask[rows, columns].astype(np.float32) @ of_columns.T
+
+
+def _paste(probs: np.ndarray, where: np.ndarray, roi: np.ndarray, mask: np.ndarray, threshold: float) -> None:
+    """Write probabilities ``(S, S)``, thresholded, into the pixels of a mask ``(H, W)`` whose cell is in ``where``."""
+    side = len(probs)
+    x0, y0, x1, y1 = np.ceil(roi - 0.5).clip(0, [*mask.shape[::-1], *mask.shape[::-1]]).astype(int)
+    if x1 <= x0 or y1 <= y0:
+        return
+    cell = (roi[2:] - roi[:2]) / np.float32(side)
+    u = (np.arange(x0, x1, dtype=np.float32) + np.float32(0.5) - roi[0]) / cell[0]
+    v = (np.arange(y0, y1, dtype=np.float32) + np.float32(0.5) - roi[1]) / cell[1]
+    values = _interpolation(v - np.float32(0.5), side) @ probs @ _interpolation(u - np.float32(0.5), side).T
+    chosen = where[np.ix_(v.astype(int).clip(max=side - 1), u.astype(int).clip(max=side - 1))]
+    region = mask[y0:y1, x0:x1]
+    region[chosen] = (values >= threshold)[chosen]
+
+
+def _boxes_of(masks: np.ndarray) -> np.ndarray:
+    """Tight boxes ``(N, 4)`` float32 of ``(N, H, W)`` bool; zeros for an empty mask."""
+    boxes = np.zeros((len(masks), 4), np.float32)
+    for box, mask in zip(boxes, masks, strict=True):
+        columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+        if len(columns):
+            box[:] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    return boxes
+
+
+def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """IoU of ``(n, S, S)`` bool: ``(n,)``, one where both are empty."""
+    union = (a | b).sum(axis=(1, 2))
+    return np.where(union > 0, (a & b).sum(axis=(1, 2)) / union.clip(min=1), 1.0)
+
+
+def _checked(image: Any, masks: Any) -> tuple[np.ndarray, np.ndarray]:
+    image, masks = np.asarray(image), np.asarray(masks)
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise InvalidInputError(f"expected an image of shape (H, W, 3), uint8 RGB, got {image.shape} of {image.dtype}")
+    if not len(masks):
+        masks = np.zeros((0, *image.shape[:2]), np.bool_)
+    if masks.ndim != 3 or masks.shape[1:] != image.shape[:2]:
+        raise InvalidInputError(f"expected masks of shape (N, {image.shape[0]}, {image.shape[1]}), got {masks.shape}")
+    if masks.dtype != np.bool_ and not np.issubdtype(masks.dtype, np.floating):
+        raise InvalidInputError(f"expected masks of bool or float, got {masks.dtype}: give masks > 0")
+    return image, masks
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidInputError(f"expected config.json of an export in {folder}, got: {error}") from error
+    if not isinstance(config, dict) or config.get("format_version") != FORMAT_VERSION or "max_nodes" not in config:
+        raise InvalidInputError(f"expected an export of format {FORMAT_VERSION} in {folder}: export it again")
+    if config["image_encoder"] is None:
+        raise InvalidInputError(
+            f"expected an export with an image encoder in {folder}, got one for the features of "
+            f"{config['feature_source']!r}: run its refiner.onnx on that detector's maps"
+        )
+    if missing := [x for x in ("image_encoder.onnx", "refiner.onnx") if not (folder / x).is_file()]:
+        raise InvalidInputError(f"expected {' and '.join(missing)} in {folder}: export with the ONNX format")
+    return config
