@@ -49,7 +49,7 @@ def build(name: str, options: Mapping[str, Any], classes: int, weights: str | No
     """
     if weights == PRETRAINED:
         model = _call(name, {**options, "weights": PRETRAINED})
-        if model.roi_heads.box_predictor.cls_score.out_features != classes + 1:
+        if len(model.get_parameter("roi_heads.box_predictor.cls_score.bias")) != classes + 1:
             _replace_classes(model, classes)
     else:
         state = None if weights is None else read_state(Path(weights))

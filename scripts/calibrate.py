@@ -19,32 +19,40 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from baselines import load_refiner  # pyright: ignore[reportMissingImports]
 from dataset import DATA, MatchedImage, MatchedSet  # pyright: ignore[reportMissingImports]
+from methods import Coarse, start_from  # pyright: ignore[reportMissingImports]
 from train_embedded import VALIDATION_LIST, Validation  # pyright: ignore[reportMissingImports]
 
 from transfiner_refine import RefineOptions, Refiner
 from transfiner_refine.evaluation import boundary_iou
-from transfiner_refine.training.calibration import calibrate_thresholds, fit_gain, with_gain_predictor
+from transfiner_refine.training.calibration import (
+    EXACT_WEIGHT,
+    calibrate_thresholds,
+    fit_gain,
+    with_gain_predictor,
+)
 
 ROOT = (0.6, 0.7, 0.8)
 FINER = (0.4, 0.3, 0.2)
 
 
 def predicting(refiner: Refiner, samples: list[MatchedImage]) -> Refiner:
-    """The same refiner with a gain predictor fitted on the real detections of some photos, in both mask frames."""
+    """The same refiner with a gain predictor fitted to real detections in both frames, and to ground truth."""
     model = with_gain_predictor(refiner.model)
     refiner, accept = Refiner(model), RefineOptions(keep_if_iou_below=0.0, keep_if_gain_below=-1.0)
     statistics: list[torch.Tensor] = []
     assert model.gain_predictor is not None
     hook = model.gain_predictor.register_forward_pre_hook(lambda _, given: statistics.append(given[0]))
-    gains = []
-    for sample in samples:
-        before = boundary_iou(sample.coarse, sample.truth)
-        for frame in ("image", "box"):
-            masks = sample.coarse if frame == "image" else sample.box_probs
+    gains, weights = [], []
+    for kind in Coarse:
+        frame = "box" if kind is Coarse.box else "image"
+        for sample in (start_from(sample, kind) for sample in samples):
+            masks = sample.box_probs if kind is Coarse.box else sample.coarse
             out = refiner.refine(sample.image, boxes=sample.boxes, masks=masks, mask_frame=frame, options=accept)
+            before = boundary_iou(sample.coarse, sample.truth)
             gains.append(boundary_iou(np.asarray(out.masks), sample.truth) - before)
+            weights.append(np.full(len(before), EXACT_WEIGHT if kind is Coarse.truth else 1.0))
     hook.remove()
-    fit_gain(model, torch.cat(statistics), torch.from_numpy(np.concatenate(gains)))
+    fit_gain(model, torch.cat(statistics), *(torch.from_numpy(np.concatenate(part)) for part in (gains, weights)))
     return refiner
 
 

@@ -12,6 +12,7 @@ from transfiner_refine import InvalidInputError, TransfinerConfig
 from transfiner_refine.functional.coarse import coarse_levels
 from transfiner_refine.modeling.context import WideContext
 from transfiner_refine.modeling.model import RefinerModel
+from transfiner_refine.modeling.transfiner import MaskTransfiner
 from transfiner_refine.training.losses import LossConfig, refinement_losses
 
 
@@ -41,7 +42,7 @@ def test_it_sees_the_whole_roi_where_the_tower_does_not():
     assert difference > 1e-4
 
 
-def losses(estimate_weight: float, scales: int = 2) -> tuple[dict[str, torch.Tensor], torch.nn.Module]:
+def losses(estimate_weight: float, scales: int = 2) -> tuple[dict[str, torch.Tensor], MaskTransfiner]:
     transfiner = small_transfiner(context_scales=scales).train()
     roi_pyramid, coarse = roi_scene(transfiner, CIRCLES[:2])
     truth = F.interpolate(coarse[:, None], scale_factor=2.0, mode="nearest")[:, 0] >= 0.5
@@ -52,7 +53,7 @@ def losses(estimate_weight: float, scales: int = 2) -> tuple[dict[str, torch.Ten
 def test_its_guess_is_trained():
     found, transfiner = losses(0.5)
     found["loss_estimate"].backward()
-    gradient = transfiner.incoherence_detector.estimate.weight.grad  # type: ignore[union-attr]
+    gradient = transfiner.incoherence_detector.get_parameter("estimate.weight").grad
     assert gradient is not None and gradient.abs().max() > 0
 
 

@@ -300,7 +300,7 @@ class TestValidation:
         records = []
         for gains in ([1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]):
             monkeypatch.setattr(
-                "transfiner_refine.training.validation._predicted_gains", lambda *given, g=gains: torch.tensor(g)
+                "transfiner_refine.training.validation._predicted_gains", lambda *given, g=gains: torch.tensor(g + g)
             )
             records.append(Validation([image])(refiner))
         all_taken, one_taken, none_taken = (record["boundary_iou"] for record in records)
@@ -326,7 +326,7 @@ class TestValidation:
         fit_gain(predicting, statistics, gains)
         assert torch.equal(kept, predicting.gain_predictor.weight), "what is kept was fitted to all"
 
-    @pytest.mark.parametrize(("objects", "photos"), [(39, 39), (60, 1)])
+    @pytest.mark.parametrize(("objects", "photos"), [(79, 79), (100, 1)])
     def test_too_few_to_fit(self, predicting: RefinerModel, objects: int, photos: int):
         statistics = torch.randn(objects, 6)
         assert predicting.gain_predictor is not None
@@ -344,6 +344,6 @@ class TestValidation:
 
 
 def test_the_defaults_are_gentle():
-    """Fine-tuning starts from a good refiner: what finds its nodes stays, and the learning rate is half of training's."""
+    """What finds a good refiner's nodes stays, and the learning rate is half of training's."""
     assert FINE_TUNING.frozen_stages == 5 and FINE_TUNING.frozen_detector
     assert FINE_TUNING.learning_rate == TrainConfig(steps=1).learning_rate / 2

@@ -15,6 +15,13 @@ from transfiner_refine.modeling.model import RefinerModel
 LARGEST_GAIN = 0.1
 """Gains beyond this, either way, count as this: a few masks must not decide the fit."""
 
+EXACT_WEIGHT = 0.3
+"""Weight of a mask that is ground truth already beside that of a real detection, when a gain predictor is fitted.
+
+Detections alone make a predictor that accepts nearly everything, since nearly everything wins. Counted in full, the
+exact masks make one that refuses the smaller gains with them.
+"""
+
 RIDGE = 0.01
 """Weight of the penalty on the coefficients of the statistics, each scaled to unit variance."""
 
@@ -56,14 +63,15 @@ def with_gain_predictor(model: RefinerModel) -> RefinerModel:
     return copy.to(next(model.parameters()).device).eval()
 
 
-def fit_gain(model: RefinerModel, statistics: Tensor, gains: Tensor) -> None:
-    """Fit the gain predictor by ridge regression.
+def fit_gain(model: RefinerModel, statistics: Tensor, gains: Tensor, weights: Tensor | None = None) -> None:
+    """Fit the gain predictor by weighted ridge regression.
 
     Args:
         model: A model with a gain predictor, which is changed in place.
         statistics: ``(N, 6)`` float, :func:`~transfiner_refine.modeling.gain.refinement_statistics` of N refinements of
             objects that training did not see.
         gains: ``(N,)`` float, the Boundary IoU that each of them won.
+        weights: ``(N,)`` float above 0, how much each counts; None counts all the same.
 
     Raises:
         InvalidInputError: If the model has no gain predictor, or there are fewer refinements than coefficients.
@@ -77,10 +85,14 @@ def fit_gain(model: RefinerModel, statistics: Tensor, gains: Tensor) -> None:
             f"{tuple(statistics.shape)} statistics and {len(gains)} gains: calibrate on more objects"
         )
     x, y = statistics.double(), gains.double().clamp(-LARGEST_GAIN, LARGEST_GAIN)
-    mean, deviation = x.mean(dim=0), x.std(dim=0).clamp(min=1e-6)
+    share = torch.ones_like(y) if weights is None else weights.double()
+    share = share / share.sum()
+    mean, centre = share @ x, share @ y
+    deviation = (share @ (x - mean) ** 2).sqrt().clamp(min=1e-6)
     z = (x - mean) / deviation
     penalty = RIDGE * torch.eye(len(STATISTICS), dtype=torch.float64, device=z.device)
-    weight = torch.linalg.solve(z.T @ z / len(z) + penalty, z.T @ (y - y.mean()) / len(z)) / deviation
+    weighted = z.T * share  # (6, N)
+    weight = torch.linalg.solve(weighted @ z + penalty, weighted @ (y - centre)) / deviation
     with torch.no_grad():
         predictor.weight.copy_(weight)
-        predictor.bias.copy_((y.mean() - weight @ mean)[None])
+        predictor.bias.copy_((centre - weight @ mean)[None])

@@ -23,19 +23,20 @@ from transfiner_refine.evaluation.matching import match_detections
 from transfiner_refine.evaluation.report import PairedFigures, figures_from_scores
 from transfiner_refine.functional.boxes import touches_image
 from transfiner_refine.functional.rle import decode_batch, encode
-from transfiner_refine.inputs import as_image
+from transfiner_refine.inputs import as_image, boxes_from_masks
 from transfiner_refine.modeling.gain import STATISTICS
 from transfiner_refine.modeling.model import RefinerModel
 from transfiner_refine.refiner import Refiner
-from transfiner_refine.training.calibration import fit_gain
+from transfiner_refine.training.calibration import EXACT_WEIGHT, fit_gain
 from transfiner_refine.training.coarse import simulate_coarse
 from transfiner_refine.training.processes import map_shared
+from transfiner_refine.types import Instances
 
 WORSE_COSTS = 0.2
 """What a mask made worse takes from the score: as much as a gain of 0.2 gives."""
 
-FIT_FROM = 40
-"""Objects from which on the gain predictor is fitted to them; with fewer it stays as it is."""
+FIT_FROM = 80
+"""Refinements, two of each object, from which on the gain predictor is fitted to them; with fewer it stays as it is."""
 
 FOLDS = 5
 """Parts of the photos that are judged by a gain predictor which has not seen them."""
@@ -99,11 +100,15 @@ class _Judged(NamedTuple):
     Attributes:
         scores: ``(N, 4)``, in the order of ``figures_from_scores``.
         statistics: ``(N, 6)`` of their refinements, or ``(0, 6)`` if no gain is predicted.
+        exact_gains: ``(M,)``, Boundary IoU that refining ground truth in their place wins; none if none is predicted.
+        exact_statistics: ``(M, 6)`` of those refinements.
         cells: Of each quadtree level.
     """
 
     scores: np.ndarray
     statistics: Tensor
+    exact_gains: np.ndarray
+    exact_statistics: Tensor
     cells: tuple[DetectorCounts, ...]
 
 
@@ -111,7 +116,8 @@ class Validation:
     """Judges a refiner by its public path, and fits its gain predictor, if it has one, to what it finds.
 
     A predictor knows the refinements of the weights that it was fitted to; those of other weights it misjudges. Each
-    photo is judged by one that was fitted to the others, and the refiner keeps one that was fitted to all.
+    photo is judged by one that was fitted to the others, and the refiner keeps one that was fitted to all. It is fitted
+    to the coarse masks and, less weighty, to ground truth in their place, which a refinement can only spoil.
 
     Of several processes, each takes a share of the photos.
 
@@ -146,13 +152,21 @@ class Validation:
             ``score``, the gain in both kinds of IoU less ``WORSE_COSTS`` times ``worse``.
         """
         parts = map_shared(lambda image: self._judge(refiner, image), self.images)
-        scores, statistics, counts = zip(*parts, strict=True)
+        scores, statistics, exact_gains, exact_statistics, counts = zip(*parts, strict=True)
         scores = np.concatenate(scores)
         if refiner.model.gain_predictor is not None:
-            photo = torch.tensor([number for number, part in enumerate(parts) for _ in part.scores])
-            gains = torch.from_numpy(scores[:, 3] - scores[:, 2])
-            refused = _predicted_gains(refiner.model, torch.cat(statistics), gains, photo)
-            refused = (refused < self.options.keep_if_gain_below).numpy()
+            photo = [number for number, part in enumerate(parts) for _ in part.scores]
+            photo += [number for number, part in enumerate(parts) for _ in part.exact_gains]
+            gains = np.concatenate([scores[:, 3] - scores[:, 2], *exact_gains])
+            is_exact = torch.arange(len(gains)) >= len(scores)
+            predicted = _predicted_gains(
+                refiner.model,
+                torch.cat([*statistics, *exact_statistics]),
+                torch.from_numpy(gains),
+                torch.tensor(photo),
+                torch.where(is_exact, EXACT_WEIGHT, 1.0),
+            )
+            refused = (predicted[~is_exact] < self.options.keep_if_gain_below).numpy()
             scores[refused, 1], scores[refused, 3] = scores[refused, 0], scores[refused, 2]
         figures = figures_from_scores(*scores.T)
         record = {
@@ -173,13 +187,23 @@ class Validation:
         pixels = as_image(image.image)
         size = (pixels.shape[1], pixels.shape[2])
         truth, coarse = decode_batch(image.truth, size), decode_batch(image.coarse, size)
-        options = replace(self.options, keep_if_gain_below=-1.0)
-        with _statistics(refiner.model) as statistics:
-            out = refiner.refine(pixels, boxes=image.boxes, masks=coarse, options=options).to("cpu")
+        out, statistics = self._refine(refiner, pixels, image.boxes, coarse)
         refined = out.masks.numpy()
         pairs = [f(masks, truth) for f in (mask_iou, boundary_iou) for masks in (coarse, refined)]
-        rows = torch.cat([torch.zeros(0, len(STATISTICS)), *statistics])
-        return _Judged(np.stack(pairs, axis=1), rows, detector_counts(out, torch.from_numpy(truth)))
+        exact = truth if refiner.model.gain_predictor is not None else truth[:0]
+        spoilt, exact_statistics = self._refine(refiner, pixels, boxes_from_masks(torch.from_numpy(exact)), exact)
+        exact_gains = boundary_iou(spoilt.masks.numpy(), exact) - 1
+        cells = detector_counts(out, torch.from_numpy(truth))
+        return _Judged(np.stack(pairs, axis=1), statistics, exact_gains, exact_statistics, cells)
+
+    def _refine(
+        self, refiner: Refiner, pixels: Tensor, boxes: np.ndarray | Tensor, masks: np.ndarray
+    ) -> tuple[Instances, Tensor]:
+        """Refine masks of a photo, with their statistics ``(N, 6)``, or ``(0, 6)`` if no gain is predicted."""
+        options = replace(self.options, keep_if_gain_below=-1.0)
+        with _statistics(refiner.model) as rows:
+            out = refiner.refine(pixels, boxes=boxes, masks=masks, options=options).to("cpu")
+        return out, torch.cat([torch.zeros(0, len(STATISTICS)), *rows])
 
 
 @contextmanager
@@ -196,7 +220,9 @@ def _statistics(model: RefinerModel) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
-def _predicted_gains(model: RefinerModel, statistics: Tensor, gains: Tensor, photo: Tensor) -> Tensor:
+def _predicted_gains(
+    model: RefinerModel, statistics: Tensor, gains: Tensor, photo: Tensor, weights: Tensor | None = None
+) -> Tensor:
     """Fit the gain predictor of a model to N refinements, if they are enough.
 
     Args:
@@ -204,6 +230,7 @@ def _predicted_gains(model: RefinerModel, statistics: Tensor, gains: Tensor, pho
         statistics: ``(N, 6)``.
         gains: ``(N,)``, what each refinement won.
         photo: ``(N,)`` int64, the photo of each.
+        weights: ``(N,)``, how much each counts; None counts all the same.
 
     Returns:
         ``(N,)``, the gain that each refinement is given by a predictor fitted to other photos alone.
@@ -215,14 +242,15 @@ def _predicted_gains(model: RefinerModel, statistics: Tensor, gains: Tensor, pho
     def predict(rows: Tensor) -> Tensor:
         return predictor(statistics[rows].to(device)).detach().cpu()
 
+    weights = torch.ones_like(gains) if weights is None else weights
     folds = [photo % FOLDS == fold for fold in range(FOLDS)]
     if len(gains) < FIT_FROM or min(int((~apart).sum()) for apart in folds) < FIT_FROM // 2:
         return predict(torch.ones_like(photo, dtype=torch.bool))
     predicted = torch.zeros(len(gains))
     for apart in folds:
-        fit_gain(model, statistics[~apart].to(device), gains[~apart].to(device))
+        fit_gain(model, *(part[~apart].to(device) for part in (statistics, gains, weights)))
         predicted[apart] = predict(apart)
-    fit_gain(model, statistics.to(device), gains.to(device))
+    fit_gain(model, statistics.to(device), gains.to(device), weights.to(device))
     return predicted
 
 
