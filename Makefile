@@ -68,7 +68,7 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.created
 
 # It holds all that the demo needs, so it serves both.
 $(VENV)/.installed-dev: pyproject.toml $(VENV)/.created
-	$(call INSTALL,.[dev$(COMMA)eval$(COMMA)train])
+	$(call INSTALL,.[dev$(COMMA)docs$(COMMA)eval$(COMMA)train])
 	touch $(VENV)/.installed $@
 
 $(VENV)/.created:
