@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 import transfiner_refine
-from transfiner_refine import Instances, cli
+from transfiner_refine import Instances, Refiner, cli
+from transfiner_refine.attention import draw_attention, node_attention
 from transfiner_refine.functional.boxes import expand_boxes
 from transfiner_refine.functional.incoherence import incoherence_levels
 from transfiner_refine.functional.paste import crop_masks
@@ -70,16 +71,32 @@ def incoherence_of_outline() -> Image.Image:
     return Image.fromarray(draw_quadtree(image, Instances(rois, masks, size, rois=rois, details=details)))
 
 
+def attention_of_nodes() -> Image.Image:
+    """What two nodes of the cup look at, one at its rim and one at the foot of its handle (paper, Fig. 13)."""
+    (entry,) = (x for x in json.loads((DEMO / "detections.json").read_text()) if x["image_id"] == CUP)
+    image = np.array(Image.open(DEMO / "coffee.jpg").convert("RGB"))
+    mask = decode(entry["segmentation"], (image.shape[0], image.shape[1]))
+    box = boxes_from_masks(torch.from_numpy(mask)[None])[0]
+    refiner = Refiner.from_pretrained()
+    pictures = []
+    for x, y in ((0.5, 0.0), (0.15, 1.0)):
+        point = (float(box[0] + x * (box[2] - box[0])), float(box[1] + y * (box[3] - box[1])))
+        attention = node_attention(refiner, image, box=box, mask=mask, point=point)
+        pictures.append(draw_attention(image, attention))
+    return Image.fromarray(np.concatenate(pictures, axis=1))
+
+
 def main() -> None:
     """Run the demo and shrink what it draws."""
     IMAGES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder)
         cli.demo(output, every=True)
-        save(Image.open(output / "astronaut_before_after.png"), "demo", 1000)
+        save(Image.open(output / "coffee_before_after.png"), "demo", 1000)
         save(Image.open(output / "coffee_incoherence.png"), "incoherence", 800)
         save(Image.open(output / "coffee_quadtree.png"), "quadtree", 1000)
     save(incoherence_of_outline(), "eq1", 1000)
+    save(attention_of_nodes(), "attention", 1000)
 
 
 if __name__ == "__main__":
