@@ -69,7 +69,7 @@ def test_another_network_and_all_else_alike(baselines, network: str):
 
 
 def test_an_unknown_network(baselines):
-    with pytest.raises(InvalidInputError, match=r"expected a network among \['cnn_28', .*\], got 'lstm'"):
+    with pytest.raises(InvalidInputError, match=r"expected a network among \['boundary', .*\], got 'lstm'"):
         baselines.with_network(eventful_model(encoder_config()), "lstm")
 
 

@@ -130,7 +130,8 @@ def test_refine_coco_results(run: Run, tmp_path: Path):
     given = json.loads((DEMO / "detections.json").read_text())
     refined = json.loads((tmp_path / "outputs/refine_coco_results/refined.json").read_text())
     assert [x["image_id"] for x in refined] == [x["image_id"] for x in given]
-    assert all(a["segmentation"] != b["segmentation"] for a, b in zip(refined, given, strict=True))
+    changed = [a["segmentation"] != b["segmentation"] for a, b in zip(refined, given, strict=True)]
+    assert sum(changed) >= 2  # the cat's refinement promises nothing, and may be refused
     assert all(name in out for name in ("astronaut.jpg", "coffee.jpg", "chelsea.jpg"))
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transfiner_refine.modeling.transfiner import TransfinerOutput
 
 STATISTICS = (
-    "log_added",
+    "log_changed",
     "log_removed",
     "root_certainty",
     "label_doubt",
@@ -17,7 +17,7 @@ STATISTICS = (
 """What :func:`refinement_statistics` returns, in this order."""
 
 SMALLEST_CHANGE = 0.01
-"""Share of the coarse mask below which an added or removed area is as good as none."""
+"""Share of the coarse mask below which a changed or removed area is as good as none."""
 
 
 def refinement_statistics(output: TransfinerOutput, coarse: Tensor, mask_threshold: float = 0.5) -> Tensor:
@@ -29,7 +29,7 @@ def refinement_statistics(output: TransfinerOutput, coarse: Tensor, mask_thresho
         mask_threshold: Probability from which a cell belongs to the mask.
 
     Returns:
-        ``(R, 6)`` float32, the columns of ``STATISTICS``: logarithms of the area added and of the area removed, as
+        ``(R, 6)`` float32, the columns of ``STATISTICS``: logarithms of the area changed and of the area removed, as
         shares of the coarse mask's; the mean incoherence of the root nodes; the mean doubt ``4 p (1 - p)`` of the
         refined labels below the root; how far from one half the probabilities of cells lie whose label is as it was;
         and the mean incoherence of all root cells.
@@ -48,7 +48,7 @@ def refinement_statistics(output: TransfinerOutput, coarse: Tensor, mask_thresho
     doubt = _mean_by_roi(torch.cat(doubts) if doubts else root.logits[:0], rois, count, 0.0)
     return torch.stack(
         [
-            torch.log(added + SMALLEST_CHANGE),
+            torch.log(added + removed + SMALLEST_CHANGE),
             torch.log(removed + SMALLEST_CHANGE),
             _mean_by_roi(torch.sigmoid(root.logits), root.roi, count, 1.0),
             doubt,
