@@ -376,16 +376,32 @@ def area_average(plane: Array, box: Array, side: int) -> Array:
     return result
 
 
-def paste(probs: Array, box: Array, mask: Array, threshold: float = 0.5, where: Array | None = None) -> None:
-    """Write one RoI ``(S, S)`` into an image mask ``(H, W)``: pixel by pixel, if its centre is inside of the box."""
+def paste(
+    probs: Array,
+    box: Array,
+    mask: Array,
+    threshold: float = 0.5,
+    where: Array | None = None,
+    before: Array | None = None,
+) -> None:
+    """Write one RoI ``(S, S)`` into an image mask ``(H, W)``: pixel by pixel, if its centre is inside of the box.
+
+    With ``before``, only pixels whose label is new and whose probability moved by more than 0.15.
+    """
     side = len(probs)
     x0, y0, x1, y1 = (float(value) for value in box)
     for row, col in np.ndindex(mask.shape):
         if not (x0 <= col + 0.5 < x1 and y0 <= row + 0.5 < y1):
             continue
         x, y = (col + 0.5 - x0) / (x1 - x0) * side, (row + 0.5 - y0) / (y1 - y0) * side
-        if where is None or where[min(int(y), side - 1), min(int(x), side - 1)]:
-            mask[row, col] = bilinear(probs[None], x - 0.5, y - 0.5)[0] >= threshold
+        if where is not None and not where[min(int(y), side - 1), min(int(x), side - 1)]:
+            continue
+        value = bilinear(probs[None], x - 0.5, y - 0.5)[0]
+        if before is not None:
+            was = bilinear(before[None], x - 0.5, y - 0.5)[0]
+            if (was >= threshold) == (value >= threshold) or abs(value - was) <= 0.15:
+                continue
+        mask[row, col] = value >= threshold
 
 
 # The method, whole

@@ -28,7 +28,7 @@ from transfiner_refine.data.coco import load_results
 from transfiner_refine.export import OnnxRefiner, export_onnx
 from transfiner_refine.export.graphs import RefinerGraph, node_budget
 from transfiner_refine.functional.rle import decode
-from transfiner_refine.modeling.gain import refinement_statistics
+from transfiner_refine.modeling.gain import STATISTICS, refinement_statistics
 from transfiner_refine.modeling.model import RefinerModel
 from transfiner_refine.modeling.transfiner import above_threshold
 
@@ -58,7 +58,7 @@ def small_refiner(**changes) -> Refiner:
     assert model.image_encoder is not None and model.gain_predictor is not None
     with torch.no_grad():
         make_eventful(model.transfiner, pyramid=model.image_encoder(pixels))
-        model.gain_predictor.weight.copy_(torch.linspace(-0.02, 0.03, 6))
+        model.gain_predictor.weight.copy_(torch.linspace(-0.02, 0.03, len(STATISTICS)))
     return Refiner(model)
 
 

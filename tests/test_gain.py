@@ -39,34 +39,41 @@ def test_statistics_against_a_loop():
     probs = coarse.clone()
     probs[0, 20:25, 10:20] = 0.75  # 50 cells of 100 added
     probs[0, 10, 10:20] = 0.25  # 10 removed
+    coarse[1, 13, 13], probs[1, 13, 13] = 0.0, 0.0  # a hole that 28×28 cannot hold
     root_logits = torch.full((2, 28, 28), -3.0)
     detection = Detection(root_logits, (root, fine), (root, fine), torch.zeros(2, 1, 28, 28))
     output = TransfinerOutput(probs, probs != coarse, detection, (torch.tensor([0.75, 0.25]), torch.tensor([0.9])))
     found = refinement_statistics(output, coarse)
     sigmoid = lambda x: 1 / (1 + torch.exp(torch.tensor(-float(x))))  # noqa: E731
     quiet = float(sigmoid(-3))
+    changed = (probs[0] >= 0.5) != (coarse[0] >= 0.5)
+    around = [changed[max(r - 2, 0) : r + 3, max(c - 2, 0) : c + 3].sum() for r in range(56) for c in range(56)]
+    thick = 0.01 + sum(int(n) > 15 for n in around) / 100
+    assert thick > 0.2
     expected = torch.tensor(
         [
-            [0.61, 0.11, float(sigmoid(0) + sigmoid(2)) / 2, 4 * 0.9 * 0.1, 1.0, quiet],
-            [0.01, 0.01, 1.0, 0.0, 1.0, quiet],
+            [0.61, 0.11, float(sigmoid(0) + sigmoid(2)) / 2, 4 * 0.9 * 0.1, 1.0, quiet, 0.5, thick, 0.01, 0.01],
+            [0.01, 0.01, 1.0, 0.0, 1.0, quiet, 0.0, 0.01, 0.01 + 1 / 99, 0.01],
         ]
     )
-    expected[:, :2] = expected[:, :2].log()
+    logarithms = [name.startswith("log") for name in STATISTICS]
+    expected[:, logarithms] = expected[:, logarithms].log()
     assert found.shape == (2, len(STATISTICS))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_linear_gain_is_recovered(model: RefinerModel):
     generator = torch.Generator().manual_seed(0)
-    statistics = torch.randn(400, len(STATISTICS), generator=generator) * torch.tensor([1.0, 2, 0.1, 0.05, 0.2, 0.1])
-    weight = torch.tensor([0.004, -0.003, 0.05, 0.1, -0.02, 0.03])
+    statistics = torch.randn(400, len(STATISTICS), generator=generator)
+    statistics *= torch.tensor([1.0, 2, 0.1, 0.05, 0.2, 0.1, 0.3, 1, 1, 1])
+    weight = torch.tensor([0.004, -0.003, 0.05, 0.1, -0.02, 0.03, 0.01, -0.002, 0.003, 0.001])
     gains = statistics @ weight + 0.02
     fitted = with_gain_predictor(model)
     fit_gain(fitted, statistics, gains)
     assert fitted.gain_predictor is not None
     assert (fitted.gain_predictor(statistics) - gains).abs().max() < 2e-3
-    with pytest.raises(InvalidInputError, match="more than 6 rows"):
-        fit_gain(fitted, statistics[:6], gains[:6])
+    with pytest.raises(InvalidInputError, match="more than 10 rows"):
+        fit_gain(fitted, statistics[:10], gains[:10])
     with pytest.raises(InvalidInputError, match="with_gain_predictor"):
         fit_gain(RefinerModel(encoder_config()), statistics, gains)
 
@@ -123,7 +130,11 @@ def test_nothing_to_refine(model: RefinerModel):
 
 def test_it_is_saved_with_the_model(model: RefinerModel, masks: Tensor, tmp_path):
     trained = with_gain_predictor(model)
-    fit_gain(trained, torch.randn(50, 6, generator=torch.Generator().manual_seed(1)), torch.linspace(-0.1, 0.1, 50))
+    fit_gain(
+        trained,
+        torch.randn(50, len(STATISTICS), generator=torch.Generator().manual_seed(1)),
+        torch.linspace(-0.1, 0.1, 50),
+    )
     refiner = Refiner(trained)
     again = Refiner.from_pretrained(refiner.save_pretrained(tmp_path / "saved"))
     image = random_image(H, W)

@@ -115,6 +115,27 @@ def test_paste_leaves_pixels_of_other_cells_as_they_are():
     assert untouched.equal(before) and everywhere.equal(default)
 
 
+def test_paste_keeps_the_detail_of_pixels_whose_label_is_not_refined():
+    """A mask with single pixels that its cells average away; one cell is refined, another only a little."""
+    masks = torch.zeros(1, 16, 16, dtype=torch.bool)
+    masks[0, ::3, ::3] = True
+    rois = torch.tensor([[0.0, 0, 16, 16]])
+    before = crop_masks(masks, rois, 4)
+    refined, kept = before.clone(), masks.clone()
+    paste(refined, rois, kept, where=torch.ones(1, 4, 4, dtype=torch.bool), before=before)
+    assert kept.equal(masks)
+    refined[0, 1, 1] = 1.0
+    paste(refined, rois, kept, before=before)
+    changed = (kept != masks).nonzero()[:, 1:]
+    assert kept[0, 4:8, 5:7].all() and kept[0, 5:7, 4:8].all() and len(changed) > 8
+    assert changed.min() >= 2 and changed.max() < 10  # bilinear: half a cell beyond the refined one
+    near, doubtful = torch.full((1, 4, 4), 0.45), torch.full((1, 4, 4), 0.55)
+    paste(doubtful, rois, kept := masks.clone(), before=near)
+    assert kept.equal(masks)
+    paste(doubtful, rois, kept, before=near - 0.1)
+    assert kept.all()
+
+
 @pytest.mark.parametrize("pixels", [1, 37, 1000])
 def test_groups_that_bound_memory_change_nothing(monkeypatch: pytest.MonkeyPatch, pixels: int):
     masks, generator = shapes()[:, ::4, ::4].contiguous(), torch.Generator().manual_seed(0)
@@ -174,16 +195,19 @@ IMAGE_SIZE = (33, 41)
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("threshold", [0.5, 0.3])
 @pytest.mark.parametrize("some", [False, True], ids=["everywhere", "where"])
-def test_paste(seed: int, threshold: float, some: bool):
+@pytest.mark.parametrize("compared", [False, True], ids=["written", "compared"])
+def test_paste(seed: int, threshold: float, some: bool, compared: bool):
     torch.manual_seed(seed)
     probs = torch.rand(len(BOXES), 12, 12)
     masks = torch.rand(len(BOXES), *IMAGE_SIZE) < 0.5
     where = torch.rand(len(BOXES), 12, 12) < 0.4 if some else None
+    before = torch.rand(len(BOXES), 12, 12) if compared else None
     expected = masks.numpy().copy()
-    paste(probs, BOXES, masks, threshold, where)
+    paste(probs, BOXES, masks, threshold, where, before)
     for index, box in enumerate(BOXES.double().numpy()):
         chosen = None if where is None else where[index].numpy()
-        reference.paste(probs[index].double().numpy(), box, expected[index], threshold, chosen)
+        was = None if before is None else before[index].double().numpy()
+        reference.paste(probs[index].double().numpy(), box, expected[index], threshold, chosen, was)
     assert (masks.numpy() == expected).all()
 
 

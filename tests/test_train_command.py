@@ -17,6 +17,7 @@ from transfiner_refine.data.annotated import AnnotatedSet, DataFiles
 from transfiner_refine.evaluation import boundary_iou, mask_iou
 from transfiner_refine.evaluation.detector import DetectorCounts
 from transfiner_refine.functional.rle import encode
+from transfiner_refine.modeling.gain import STATISTICS
 from transfiner_refine.modeling.hub import save_model
 from transfiner_refine.modeling.model import RefinerModel
 from transfiner_refine.training.calibration import fit_gain
@@ -313,7 +314,7 @@ class TestValidation:
     def test_each_photo_is_judged_by_a_predictor_fitted_to_others(self, predicting: RefinerModel):
         """In a fifth of the photos the gains are the opposite of what the others let one expect."""
         generator = torch.Generator().manual_seed(0)
-        statistics = torch.randn(100, 6, generator=generator)
+        statistics = torch.randn(100, len(STATISTICS), generator=generator)
         statistics[:, 0] = statistics[:, 0].sign()
         photo = torch.arange(100) // 4
         odd = photo % 5 == 2
@@ -328,13 +329,13 @@ class TestValidation:
 
     @pytest.mark.parametrize(("objects", "photos"), [(79, 79), (100, 1)])
     def test_too_few_to_fit(self, predicting: RefinerModel, objects: int, photos: int):
-        statistics = torch.randn(objects, 6)
+        statistics = torch.randn(objects, len(STATISTICS))
         assert predicting.gain_predictor is not None
         with torch.no_grad():
-            predicting.gain_predictor.weight.copy_(torch.arange(6.0))
+            predicting.gain_predictor.weight.copy_(torch.arange(float(len(STATISTICS))))
         predicted = _predicted_gains(predicting, statistics, torch.randn(objects), torch.arange(objects) % photos)
-        torch.testing.assert_close(predicted, statistics @ torch.arange(6.0))
-        assert predicting.gain_predictor.weight.tolist() == list(range(6))
+        torch.testing.assert_close(predicted, statistics @ torch.arange(float(len(STATISTICS))))
+        assert predicting.gain_predictor.weight.tolist() == list(range(len(STATISTICS)))
 
     def test_nothing_to_judge_by(self, tmp_path: Path):
         truth, coarse = disc(30, 45, 22)[None], disc(90, 45, 10)[None]

@@ -195,7 +195,8 @@ class Pipeline:
                 if job.gain is not None:
                     job.gain[index] = gain[part]
                 masks = job.masks[index]
-                paste(probs[part], job.rois[index], masks, options.mask_threshold, touched[part])
+                before = coarse[part] if job.coarse.frame == "image" else None
+                paste(probs[part], job.rois[index], masks, options.mask_threshold, touched[part], before)
                 job.masks[index] = masks
                 start = part.stop
             if options.return_quadtree:

@@ -19,6 +19,7 @@ from transfiner_refine.errors import InvalidInputError, MissingDependencyError
 from transfiner_refine.export import runtime
 from transfiner_refine.export.graphs import EncoderGraph, RefinerGraph, node_budget
 from transfiner_refine.functional.crops import OUTSIDE
+from transfiner_refine.functional.paste import LEAST_CHANGE
 from transfiner_refine.pipeline import CROP_SIDE, CROP_SPAN
 from transfiner_refine.refiner import Refiner
 
@@ -237,6 +238,7 @@ def _describe(refiner: Refiner, options: RefineOptions, budget: tuple[int, ...])
         "crop_side": CROP_SIDE,
         "crop_span": CROP_SPAN,
         "outside": OUTSIDE,
+        "least_change": LEAST_CHANGE,
     }
 
 

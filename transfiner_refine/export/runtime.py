@@ -119,8 +119,8 @@ class OnnxRefiner:
             kept[index] = present & refused
             touched &= (present & ~refused)[:, None, None]
             probs[index] = np.where(touched, found, coarse)
-            for i, where in zip(index, touched, strict=True):
-                _paste(probs[i], where, rois[i], refined[i], threshold)
+            for i, where, before in zip(index, touched, coarse, strict=True):
+                _paste(probs[i], before, where, rois[i], refined[i], threshold, config["least_change"])
         return RefinedMasks(refined, probs, rois, kept, gains)
 
     def _run(self, pyramid: _ImagePyramid, rois: np.ndarray, coarse: np.ndarray) -> list[np.ndarray]:
@@ -205,8 +205,19 @@ def _crop_mask(mask: np.ndarray, roi: np.ndarray, side: int) -> np.ndarray:
     return of_rows @ mask[rows, columns].astype(np.float32) @ of_columns.T
 
 
-def _paste(probs: np.ndarray, where: np.ndarray, roi: np.ndarray, mask: np.ndarray, threshold: float) -> None:
-    """Write probabilities ``(S, S)``, thresholded, into the pixels of a mask ``(H, W)`` whose cell is in ``where``."""
+def _paste(
+    probs: np.ndarray,
+    before: np.ndarray,
+    where: np.ndarray,
+    roi: np.ndarray,
+    mask: np.ndarray,
+    threshold: float,
+    least_change: float,
+) -> None:
+    """Write the labels that changed from ``before`` to ``probs``, ``(S, S)``, into the pixels of a mask ``(H, W)``.
+
+    Only pixels whose cell is in ``where`` are written, and only where the probability changed by enough.
+    """
     side = len(probs)
     x0, y0, x1, y1 = np.ceil(roi - 0.5).clip(0, [*mask.shape[::-1], *mask.shape[::-1]]).astype(int)
     if x1 <= x0 or y1 <= y0:
@@ -214,8 +225,10 @@ def _paste(probs: np.ndarray, where: np.ndarray, roi: np.ndarray, mask: np.ndarr
     cell = (roi[2:] - roi[:2]) / np.float32(side)
     u = (np.arange(x0, x1, dtype=np.float32) + np.float32(0.5) - roi[0]) / cell[0]
     v = (np.arange(y0, y1, dtype=np.float32) + np.float32(0.5) - roi[1]) / cell[1]
-    values = _interpolation(v - np.float32(0.5), side) @ probs @ _interpolation(u - np.float32(0.5), side).T
+    rows, columns = (_interpolation(x - np.float32(0.5), side) for x in (v, u))
+    values, was = rows @ probs @ columns.T, rows @ before @ columns.T
     chosen = where[np.ix_(v.astype(int).clip(max=side - 1), u.astype(int).clip(max=side - 1))]
+    chosen &= ((values >= threshold) != (was >= threshold)) & (abs(values - was) > least_change)
     region = mask[y0:y1, x0:x1]
     region[chosen] = (values >= threshold)[chosen]
 

@@ -19,6 +19,9 @@ CROP_PIXELS = 1 << 24
 PASTE_PIXELS = 1 << 20
 """Image pixels whose RoI coordinates are held at once while pasting (about 100 MB)."""
 
+LEAST_CHANGE = 0.15
+"""Change of the interpolated probability from which a pixel's new label is believed."""
+
 
 def crop_masks(masks: Tensor, rois: Tensor, side: int) -> Tensor:
     """Average image-frame masks over the cells of their RoIs.
@@ -64,7 +67,14 @@ def crop_box_masks(probs: Tensor, boxes: Tensor, rois: Tensor, side: int) -> Ten
     return crop_masks(F.pad(probs, (1, 1, 1, 1)), in_probs, side)
 
 
-def paste(probs: Tensor, rois: Tensor, masks: Tensor, threshold: float = 0.5, where: Tensor | None = None) -> None:
+def paste(
+    probs: Tensor,
+    rois: Tensor,
+    masks: Tensor,
+    threshold: float = 0.5,
+    where: Tensor | None = None,
+    before: Tensor | None = None,
+) -> None:
     """Write RoI-frame probabilities, thresholded or as they are, into image-frame masks, in place.
 
     Probabilities are interpolated bilinearly between cell centres (``align_corners=False``); a pixel belongs to a RoI
@@ -76,6 +86,9 @@ def paste(probs: Tensor, rois: Tensor, masks: Tensor, threshold: float = 0.5, wh
         masks: ``(N, H, W)``, contiguous, written to: bool, or float to take the probabilities themselves.
         threshold: Probability from which a pixel belongs to the mask.
         where: ``(N, S, S)`` bool, the cells whose pixels are written; None writes the whole RoI.
+        before: ``(N, S, S)`` float, the same cells before they were refined. A pixel is written only where its
+            interpolated label is another than before, by more than :data:`LEAST_CHANGE`: a mask of pixels has detail
+            that cells average away, and where nothing was refined it stays. None writes all.
     """
     height, width = masks.shape[1:]
     side = probs.shape[-1]
@@ -114,6 +127,11 @@ def paste(probs: Tensor, rois: Tensor, masks: Tensor, threshold: float = 0.5, wh
             keep = chosen[cell].nonzero()[:, 0]
             u, v, target, pixel_instance = u[keep], v[keep], target[keep], pixel_instance[keep]
         cells, weights = bilinear_rows(u - 0.5, v - 0.5, side, side)
-        value = (values[cells + (pixel_instance * side * side)[:, None]] * weights).sum(dim=1)
+        cells = cells + (pixel_instance * side * side)[:, None]
+        value = (values[cells] * weights).sum(dim=1)
+        if before is not None:
+            was = (before.reshape(-1)[cells] * weights).sum(dim=1)
+            changed = (((value >= threshold) != (was >= threshold)) & ((value - was).abs() > LEAST_CHANGE)).nonzero()
+            value, target = value[changed[:, 0]], target[changed[:, 0]]
         flat[target] = value >= threshold if masks.dtype == torch.bool else value.to(masks.dtype)
         start = stop

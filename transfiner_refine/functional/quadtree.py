@@ -82,6 +82,13 @@ def take_nodes(nodes: LevelNodes, index: Tensor) -> LevelNodes:
     )
 
 
+PADDING = 0.1
+"""Share of a sequence that may be padding, for the sake of a larger batch."""
+
+SMALL_BATCH = 4096
+"""Padded tokens up to which a batch is not split for that."""
+
+
 def length_groups(quadtree: Sequence[LevelNodes], rois: int, token_budget: int) -> Iterator[Tensor]:
     """Group the RoIs that have nodes into batches of similar sequence length.
 
@@ -104,6 +111,9 @@ def length_groups(quadtree: Sequence[LevelNodes], rois: int, token_budget: int) 
     start = 0
     while start < used:
         stop = min(used, start + max(1, token_budget // sizes[start]))  # the first of a batch is its longest
+        # Attention pays for padding by its square: sequences much shorter than the longest wait for the next batch.
+        while (stop - start) * sizes[start] > SMALL_BATCH and sizes[stop - 1] < (1 - PADDING) * sizes[start]:
+            stop -= 1
         yield order[start:stop]
         start = stop
 

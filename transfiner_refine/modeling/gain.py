@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from transfiner_refine.config import ROOT_SIDE
 from transfiner_refine.modeling.transfiner import TransfinerOutput
 
 STATISTICS = (
@@ -13,11 +14,18 @@ STATISTICS = (
     "label_doubt",
     "unchanged_certainty",
     "incoherence",
+    "changed_certainty",
+    "log_thick",
+    "log_detail_28",
+    "log_detail_56",
 )
 """What :func:`refinement_statistics` returns, in this order."""
 
 SMALLEST_CHANGE = 0.01
-"""Share of the coarse mask below which a changed or removed area is as good as none."""
+"""Share of the coarse mask below which an area is as good as none."""
+
+THICK_WINDOW, THICK_SHARE = 5, 0.6
+"""A cell lies in a thick change if more than this share of the window of this many cells around it has changed."""
 
 
 def refinement_statistics(output: TransfinerOutput, coarse: Tensor, mask_threshold: float = 0.5) -> Tensor:
@@ -29,34 +37,57 @@ def refinement_statistics(output: TransfinerOutput, coarse: Tensor, mask_thresho
         mask_threshold: Probability from which a cell belongs to the mask.
 
     Returns:
-        ``(R, 6)`` float32, the columns of ``STATISTICS``: logarithms of the area changed and of the area removed, as
+        ``(R, 10)`` float32, the columns of ``STATISTICS``: logarithms of the area changed and of the area removed, as
         shares of the coarse mask's; the mean incoherence of the root nodes; the mean doubt ``4 p (1 - p)`` of the
         refined labels below the root; how far from one half the probabilities of cells lie whose label is as it was;
-        and the mean incoherence of all root cells.
+        the mean incoherence of all root cells; how far from one half those of changed cells lie; logarithms of the area
+        that is more than a thin line of changed cells, and of what the coarse mask would lose at 28×28 and at 56×56:
+        the mask of a head has little to lose, an outline drawn by hand has much.
     """
     before, after = coarse >= mask_threshold, output.probs >= mask_threshold
     area = before.sum(dim=(1, 2)).clamp(min=1)
-    added = (after & ~before).sum(dim=(1, 2)) / area
-    removed = (before & ~after).sum(dim=(1, 2)) / area
-    same = before == after
+    changed = before != after
+    removed = before & ~after
+    thick = F.avg_pool2d(changed[:, None].float(), THICK_WINDOW, 1, THICK_WINDOW // 2)[:, 0] > THICK_SHARE
     certainty = (2 * output.probs - 1).abs()
-    unchanged = (certainty * same).sum(dim=(1, 2)) / same.sum(dim=(1, 2)).clamp(min=1)
     count = coarse.shape[0]
     root, *finer = output.detection.quadtree
     doubts = [4 * p * (1 - p) for p in output.node_probs[1:]]
     rois = torch.cat([nodes.roi for nodes in finer]) if finer else root.roi[:0]
     doubt = _mean_by_roi(torch.cat(doubts) if doubts else root.logits[:0], rois, count, 0.0)
+    areas = [changed, removed, thick, *(_lost(coarse, side, mask_threshold) for side in (ROOT_SIDE, 2 * ROOT_SIDE))]
+    log_changed, log_removed, log_thick, *log_detail = (
+        torch.log(x.sum(dim=(1, 2)) / area + SMALLEST_CHANGE) for x in areas
+    )
     return torch.stack(
         [
-            torch.log(added + removed + SMALLEST_CHANGE),
-            torch.log(removed + SMALLEST_CHANGE),
+            log_changed,
+            log_removed,
             _mean_by_roi(torch.sigmoid(root.logits), root.roi, count, 1.0),
             doubt,
-            unchanged,
+            _mean_where(certainty, ~changed),
             torch.sigmoid(output.detection.root_logits).mean(dim=(1, 2)),
+            _mean_where(certainty, changed),
+            log_thick,
+            *log_detail,
         ],
         dim=1,
     ).float()
+
+
+def _lost(coarse: Tensor, side: int, threshold: float) -> Tensor:
+    """Cells of ``(R, S, S)`` whose label is another once the mask has been through a grid of a smaller side: bool."""
+    scale = coarse.shape[-1] // side
+    if scale <= 1:
+        return torch.zeros_like(coarse, dtype=torch.bool)
+    small = F.avg_pool2d(coarse[:, None], scale)
+    again = F.interpolate(small, size=coarse.shape[1:], mode="bilinear", align_corners=False)[:, 0]
+    return (again >= threshold) != (coarse >= threshold)
+
+
+def _mean_where(values: Tensor, where: Tensor) -> Tensor:
+    """Mean of ``(R, S, S)`` over the chosen cells: ``(R,)``, zero where none is chosen."""
+    return (values * where).sum(dim=(1, 2)) / where.sum(dim=(1, 2)).clamp(min=1)
 
 
 def _mean_by_roi(values: Tensor, roi: Tensor, count: int, empty: float) -> Tensor:
@@ -69,7 +100,7 @@ def _mean_by_roi(values: Tensor, roi: Tensor, count: int, empty: float) -> Tenso
 class GainPredictor(nn.Module):
     """Predicts the Boundary IoU that a refinement wins, by a linear function of its statistics.
 
-    It starts by predicting no gain and no loss. It has seven numbers, so that a few dozen photos that training did not
+    It starts by predicting no gain and no loss. It has eleven numbers, so that a few dozen photos that training did not
     see are enough to fit it; see :func:`transfiner_refine.training.calibration.fit_gain`.
     """
 
@@ -79,5 +110,5 @@ class GainPredictor(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, statistics: Tensor) -> Tensor:
-        """Map statistics ``(R, 6)`` to predicted gains ``(R,)`` float32."""
+        """Map statistics ``(R, 10)`` to predicted gains ``(R,)`` float32."""
         return F.linear(statistics, self.weight[None].float(), self.bias.float())[:, 0]

@@ -15,7 +15,7 @@ from transfiner_refine.modeling.model import RefinerModel
 LARGEST_GAIN = 0.1
 """Gains beyond this, either way, count as this: a few masks must not decide the fit."""
 
-EXACT_WEIGHT = 0.3
+EXACT_WEIGHT = 0.6
 """Weight of a mask that is ground truth already beside that of a real detection, when a gain predictor is fitted.
 
 Detections alone make a predictor that accepts nearly everything, since nearly everything wins. Counted in full, the
@@ -68,8 +68,8 @@ def fit_gain(model: RefinerModel, statistics: Tensor, gains: Tensor, weights: Te
 
     Args:
         model: A model with a gain predictor, which is changed in place.
-        statistics: ``(N, 6)`` float, :func:`~transfiner_refine.modeling.gain.refinement_statistics` of N refinements of
-            objects that training did not see.
+        statistics: ``(N, 10)`` float, :func:`~transfiner_refine.modeling.gain.refinement_statistics` of N refinements
+            of objects that training did not see.
         gains: ``(N,)`` float, the Boundary IoU that each of them won.
         weights: ``(N,)`` float above 0, how much each counts; None counts all the same.
 
@@ -91,7 +91,7 @@ def fit_gain(model: RefinerModel, statistics: Tensor, gains: Tensor, weights: Te
     deviation = (share @ (x - mean) ** 2).sqrt().clamp(min=1e-6)
     z = (x - mean) / deviation
     penalty = RIDGE * torch.eye(len(STATISTICS), dtype=torch.float64, device=z.device)
-    weighted = z.T * share  # (6, N)
+    weighted = z.T * share  # (10, N)
     weight = torch.linalg.solve(weighted @ z + penalty, weighted @ (y - centre)) / deviation
     with torch.no_grad():
         predictor.weight.copy_(weight)

@@ -227,7 +227,7 @@ def _predicted_gains(
 
     Args:
         model: Its predictor is changed in place.
-        statistics: ``(N, 6)``.
+        statistics: ``(N, 10)``.
         gains: ``(N,)``, what each refinement won.
         photo: ``(N,)`` int64, the photo of each.
         weights: ``(N,)``, how much each counts; None counts all the same.
