@@ -6,7 +6,9 @@ B images, Q queries, N of them kept, R RoIs of a batch. ``h w`` mask map, ``H W`
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -92,7 +94,8 @@ class RefinedTransformers(RefinedDetector):
 
     def training_losses(self, samples: Sequence[PhotoSample]) -> dict[str, Tensor]:
         """``loss_detector``, all of the detector's own together, ``loss_refine`` and ``loss_incoherence`` of photos."""
-        output = self(**training_input(self.adapter.host, self.adapter.processor, samples))
+        with _by_itself():
+            output = self(**training_input(self.adapter.host, self.adapter.processor, samples))
         own: dict[str, Tensor] = output.refinement_losses
         return {"loss_detector": output.loss - sum(own.values()), **own}
 
@@ -201,3 +204,22 @@ class RefinedTransformers(RefinedDetector):
             return matcher(outputs, arguments["labels"])
         matcher = detector.get_submodule("criterion.matcher")
         return matcher(output[host.masks], output[host.classes], arguments["mask_labels"], arguments["class_labels"])
+
+
+@contextmanager
+def _by_itself() -> Iterator[None]:
+    """Hide the other processes from the host's losses for the length of a block.
+
+    Those divide by the objects of all processes, and by the number of processes once more after a mean: two processes
+    would learn from losses of up to twice the size that one learns from. The training loop takes the mean itself.
+    """
+    if (accelerate := sys.modules.get("accelerate.state")) is None:
+        yield
+        return
+    kind = accelerate.PartialState
+    shared = vars(kind)["_shared_state"]  # on a TPU a descriptor, which getattr would not give
+    kind._shared_state = {}
+    try:
+        yield
+    finally:
+        kind._shared_state = shared

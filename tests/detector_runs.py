@@ -5,6 +5,7 @@ The detector goes by the name ``maskrcnn_tiny``, as if torchvision had it.
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections import OrderedDict
@@ -133,9 +134,29 @@ def command(*arguments: str) -> int:
     return end.value.code or 0  # type: ignore[return-value]
 
 
-def start(arguments: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+def start(arguments: list[str], environment: dict[str, str], script: str) -> subprocess.Popen[bytes]:
     """Run the command in a process of its own."""
-    return subprocess.Popen([sys.executable, __file__, *arguments], env=os.environ | environment)
+    return subprocess.Popen([sys.executable, script, *arguments], env=os.environ | environment)
+
+
+def run_in_two_processes(arguments: list[str], script: str = __file__) -> list[int]:
+    """Run the command in two processes that share each batch, over gloo on the loopback interface; their exit codes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    group |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    processes = [start(arguments, group | {"RANK": rank, "LOCAL_RANK": rank}, script) for rank in "01"]
+    try:
+        return [process.wait(600) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def metrics(directory: Path) -> list[dict[str, float]]:
+    """The figures that a run has written."""
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
 if __name__ == "__main__":

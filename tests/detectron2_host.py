@@ -43,6 +43,8 @@ def import_detectron2() -> Any:
 
 def _put_back_what_it_misses() -> None:
     sys.modules.setdefault("detectron2._C", types.ModuleType("detectron2._C"))
+    if "pkg_resources" not in sys.modules and importlib.util.find_spec("pkg_resources") is None:
+        sys.modules["pkg_resources"] = types.ModuleType("pkg_resources")  # imported for configurations by name alone
     if not hasattr(Image, "LINEAR"):
         Image.LINEAR = Image.Resampling.BILINEAR  # type: ignore[attr-defined]
     for name, kind in {"bool": bool, "int": int, "float": float, "object": object}.items():

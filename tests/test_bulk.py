@@ -1,5 +1,6 @@
 """The bulk command on COCO results: kill and resume, images that cannot be refined, the summary."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -123,6 +124,7 @@ class TestResume:
         code, _, err = run(bulk_cases.arguments(folder, strict=True))
         assert code == 2 and "image_id 4: expected an image file" in err
         assert {path.name for path in (folder / "out.json.parts").iterdir()} == {
+            "lock",
             "manifest.json",
             "shard_000000",
             "shard_000001",
@@ -154,6 +156,18 @@ class TestResume:
         refused("model", model=Path(cli.__file__).parent / "pretrained")
         bulk_cases.make_results(interrupted / "dets.json", COUNT - 1)
         refused("predictions")
+
+    def test_a_job_that_runs_is_not_run_twice(self, interrupted: Path, run: Run):
+        """Two at once would write the same shards, and the first to end would remove those of the other."""
+        parts = interrupted / "out.json.parts"
+        with (parts / "lock").open("w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            before = sorted(os.listdir(parts))
+            code, _, err = run(bulk_cases.arguments(interrupted))
+            assert code == 2 and "one job at a time" in err and "another --output" in err
+            assert sorted(os.listdir(parts)) == before and not (interrupted / "out.json").exists()
+        assert run(bulk_cases.arguments(interrupted))[0] == 0
+        assert (interrupted / "out.json").is_file() and not parts.exists()
 
     def test_threads_are_those_of_the_job_begun(self, interrupted: Path, run: Run):
         assert run(bulk_cases.arguments(interrupted, threads=None))[0] == 0

@@ -1,4 +1,4 @@
-"""The benchmark of joint training, on a set that is made up."""
+"""The benchmarks of joint training, on a set that is made up."""
 
 import json
 from collections.abc import Callable
@@ -34,8 +34,12 @@ def data(tmp_path: Path) -> Path:
     return folder.parent
 
 
-def test_a_tiny_run(benchmark: Callable[[str], ModuleType], data: Path, tmp_path: Path):
-    module = benchmark("joint_pennfudan")
+@pytest.mark.parametrize("name", ["joint_pennfudan", "joint_pennfudan_queries"])
+def test_a_tiny_run(name: str, benchmark: Callable[[str], ModuleType], data: Path, tmp_path: Path):
+    if name == "joint_pennfudan_queries":
+        pytest.importorskip("transformers", minversion="5.4", reason="transformers is not installed")
+        pytest.importorskip("scipy", reason="scipy, with which transformers matches queries, is not installed")
+    module = benchmark(name)
     folder = tmp_path / "runs"
     tiny = ["--side", "64", "--seeds", "1", "--train-photos", "2", "--data", str(data)]
     result = run(module, str(folder), *tiny, "--steps", "1")

@@ -2,7 +2,6 @@
 
 import json
 import re
-import socket
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from detector_runs import NAME, OBJECTS, SIZE, WIDTH, command, draw_set, maskrcnn_tiny, options, save_refiner, start
+from detector_runs import (
+    NAME,
+    OBJECTS,
+    SIZE,
+    WIDTH,
+    command,
+    draw_set,
+    maskrcnn_tiny,
+    metrics,
+    options,
+    run_in_two_processes,
+    save_refiner,
+)
 from safetensors.torch import save_file
 from small_models import discs, small_config
 from torch import Tensor, nn
@@ -59,10 +70,6 @@ def photo(files: DataFiles, number: int) -> Tensor:
 
 def checkpoint(directory: Path) -> dict[str, Any]:
     return torch.load(directory / "last.pt", weights_only=True)
-
-
-def metrics(directory: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
 def joined(refiner: Path, **choices: Any) -> Any:
@@ -159,18 +166,8 @@ class TestRun:
         self, files: DataFiles, refiner: Path, output: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     ):
         """One photo of each step in either process; running statistics of normalisation included."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        group |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-        arguments = options(files, refiner, tmp_path / "two")
-        processes = [start(arguments, group | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
-        try:
-            assert [process.wait(600) for process in processes] == [0, 0], capfd.readouterr().err
-        finally:
-            for process in processes:
-                process.kill()
+        codes = run_in_two_processes(options(files, refiner, tmp_path / "two"))
+        assert codes == [0, 0], capfd.readouterr().err
         ours, theirs = metrics(tmp_path / "two"), metrics(output)
         assert [record["step"] for record in ours] == [0, 2, 4], "one of them writes"
         for name in ("loss", "loss_mask", "loss_refine", "gradient_norm", "score"):

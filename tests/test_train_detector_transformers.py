@@ -1,14 +1,16 @@
 """Training a query model of Hugging Face transformers with its refiner by the command."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from detector_runs import command, draw_set, options, save_refiner
+from detector_runs import command, draw_set, metrics, options, run_in_two_processes, save_refiner
 from tiny_transformers import DETRS, MASK_KINDS, Adapter, build, processor, small_adapter
 
 from transfiner_refine import InvalidInputError, WeightsError
+from transfiner_refine.adapters import transformers_models
 from transfiner_refine.adapters.models import build_detector, load_refined
 from transfiner_refine.adapters.training import start_refiner
 from transfiner_refine.adapters.transformers_hosts import input_sizes, pixel_boxes, training_input
@@ -27,14 +29,14 @@ def save_detector(kind: str, folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+def narrow_adapter(model: Any, processor: Any, channels: int = 16) -> Any:
     """Laterals of 16 channels rather than 256."""
+    return Adapter(model, processor, channels=channels)
 
-    def adapter(model: Any, processor: Any, channels: int = 16) -> Any:
-        return Adapter(model, processor, channels=channels)
 
-    monkeypatch.setattr("transfiner_refine.adapters.transformers_models.TransformersAdapter", adapter)
+@pytest.fixture(autouse=True)
+def _narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers_models, "TransformersAdapter", narrow_adapter)
 
 
 @pytest.mark.parametrize("kind", MASK_KINDS)
@@ -82,6 +84,25 @@ def test_the_command_trains_and_its_directory_loads(kind: str, tmp_path: Path):
     assert torch.equal(refined.masks, again.masks)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["detr", "mask2former"])
+def test_two_processes_learn_what_one_learns(kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """One photo of each step in either process; the photos have one object, two or none."""
+    files, refiner = draw_set(tmp_path / "set"), save_refiner(tmp_path / "refiner")
+    detector = f"transformers:{save_detector(kind, tmp_path / 'detector')}"
+    first, second = (options(files, refiner, tmp_path / name, detector=detector) for name in ("one", "two"))
+    assert command(*first) == 0
+    assert run_in_two_processes(second, __file__) == [0, 0], capfd.readouterr().err
+    ours, theirs = metrics(tmp_path / "two"), metrics(tmp_path / "one")
+    assert [record["step"] for record in ours] == [0, 2, 4], "one of them writes"
+    for name in ("loss", "loss_detector", "loss_refine", "gradient_norm", "score"):
+        expected = [record[name] for record in theirs[1:]]
+        assert [record[name] for record in ours[1:]] == pytest.approx(expected, rel=1e-4), name
+    after, together = (torch.load(tmp_path / run / "last.pt", weights_only=True)["model"] for run in ("one", "two"))
+    for name, value in after.items():
+        torch.testing.assert_close(together[name], value, rtol=0, atol=1e-4, msg=name)
+
+
 def test_what_cannot_be_loaded(tmp_path: Path):
     with pytest.raises(WeightsError, match=r"could not be loaded: .*; check the directory or Hub id"):
         build_detector(f"transformers:{tmp_path}", CATEGORIES)
@@ -89,3 +110,8 @@ def test_what_cannot_be_loaded(tmp_path: Path):
         InvalidInputError, match=r"expected one of DetrForSegmentation, .* got RTDetrForObjectDetection"
     ):
         build_detector(f"transformers:{save_detector('rt_detr', tmp_path)}", CATEGORIES)
+
+
+if __name__ == "__main__":  # one of two processes
+    transformers_models.TransformersAdapter = narrow_adapter  # type: ignore[misc]
+    raise SystemExit(command(*sys.argv[1:]))

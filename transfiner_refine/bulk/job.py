@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -138,16 +139,28 @@ def run(
             finished = _shards_here(work, refiner, parts, pending, advance)
         for shard, content in finished:
             parts.add(shard, content)
+            return_free_memory()
             if engine == "ray":
                 advance(len(parts.images_of(shard)))
         summary = _summary(work, parts, len(source) - left, time.perf_counter() - start)
         parts.assemble(output)
     except BaseException:
-        parts.remove_if_nothing_is_finished()
+        parts.leave()
         raise
     _list_skipped(summary, output)
     parts.remove()
     return summary
+
+
+def return_free_memory() -> None:
+    """Give freed memory back to the system, where the C library is one that keeps it.
+
+    glibc has a heap for each thread. Masks that one thread allocates and another frees leave holes in them, which grow
+    with the number of images.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def manifest(work: Work, shard_images: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from transfiner_refine.bulk.figures import Figures
 from transfiner_refine.bulk.source import Source
@@ -24,6 +25,7 @@ from transfiner_refine.data.coco import load_json, write_atomic, write_json_atom
 from transfiner_refine.errors import InvalidInputError
 
 MANIFEST = "manifest.json"
+LOCK = "lock"
 
 
 def pack(outcomes: Sequence[Outcome]) -> bytes:
@@ -66,6 +68,8 @@ class Parts:
         self.folder = output.with_name(f"{output.name}.parts")
         self.source = source
         self.shard_images = shard_images
+        # Held by the process, not by the file: what a killed job leaves is free.
+        self._lock = FileLock(self.folder / LOCK)
         self.shards = range(-(-len(source) // shard_images))
 
     def open(self, manifest: dict[str, Any]) -> None:
@@ -75,8 +79,24 @@ class Parts:
             manifest: What makes the job what it is, in plain JSON values.
 
         Raises:
-            InvalidInputError: If the folder is of another job; the message says in what they differ.
+            InvalidInputError: If the folder is of another job, the message says in what they differ; or if another
+                process works on it.
         """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise InvalidInputError(
+                f"expected one job at a time in {self.folder}, got another process that works on it: wait for it, or "
+                "give another --output"
+            ) from None
+        try:
+            self._open(manifest)
+        except InvalidInputError:
+            self._lock.release()
+            raise
+
+    def _open(self, manifest: dict[str, Any]) -> None:
         path = self.folder / MANIFEST
         if path.is_file():
             if differences := _differences(load_json(path), manifest):
@@ -86,7 +106,7 @@ class Parts:
                 )
             return
         # What was killed while it wrote the manifest has left a temporary file.
-        if self.folder.exists() and any(path.suffix != ".tmp" for path in self.folder.iterdir()):
+        if any(path.suffix != ".tmp" and path.name != LOCK for path in self.folder.iterdir()):
             raise InvalidInputError(
                 f"expected an unfinished job in {self.folder}, got a folder without {MANIFEST}: move it away"
             )
@@ -112,13 +132,15 @@ class Parts:
 
     def remove(self) -> None:
         """Remove the folder; the manifest last, so that a removal that is interrupted can be repeated."""
+        self._lock.release()
         for path in self.folder.iterdir():
             if path.name != MANIFEST:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         shutil.rmtree(self.folder)
 
-    def remove_if_nothing_is_finished(self) -> None:
-        """Leave no folder behind that holds no work."""
+    def leave(self) -> None:
+        """Let another job go on; leave no folder behind that holds no work."""
+        self._lock.release()
         if self.folder.is_dir() and len(self.pending()) == len(self.shards):
             shutil.rmtree(self.folder)
 
