@@ -73,6 +73,8 @@ def repeat_set(folder: Path, count: int, target: Path) -> None:
     results = load_results(folder / "detections.json")
     names = load_image_index(folder / "annotations.json")
     groups = list(group_by_image(results).items())
+    # A set may come sorted, as by the number of objects: memory would seem to grow with time.
+    random.Random(0).shuffle(groups)
     (target / "photos").mkdir()
     entries = []
     for number in range(count):
