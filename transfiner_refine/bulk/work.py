@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,13 @@ THREADS = 4
 
 AHEAD = 2
 """Images that wait at most before the refiner, and behind it."""
+
+PRIMITIVES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+"""What oneDNN keeps of the shapes that it has met, unless the environment says otherwise; by default a thousand.
+
+Nearly every photo brings new ones, and each is a piece of code that stays in memory. It is read when torch computes its
+first convolution.
+"""
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -71,6 +79,7 @@ class Work:
         Raises:
             TransfinerError: If there is no such model, device or depth, or the model takes no images.
         """
+        os.environ.setdefault(*PRIMITIVES)
         refiner = load_refiner(self.model, self.device)
         nothing = np.empty((0, 1, 1), bool)
         refiner.refine(np.zeros((1, 1, 3), np.uint8), boxes=np.empty((0, 4)), masks=nothing, options=self.options)
