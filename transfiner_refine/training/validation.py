@@ -99,9 +99,9 @@ class _Judged(NamedTuple):
 
     Attributes:
         scores: ``(N, 4)``, in the order of ``figures_from_scores``.
-        statistics: ``(N, 6)`` of their refinements, or ``(0, 6)`` if no gain is predicted.
+        statistics: ``(N, 10)`` of their refinements, or ``(0, 10)`` if no gain is predicted.
         exact_gains: ``(M,)``, Boundary IoU that refining ground truth in their place wins; none if none is predicted.
-        exact_statistics: ``(M, 6)`` of those refinements.
+        exact_statistics: ``(M, 10)`` of those refinements.
         cells: Of each quadtree level.
     """
 
@@ -199,7 +199,7 @@ class Validation:
     def _refine(
         self, refiner: Refiner, pixels: Tensor, boxes: np.ndarray | Tensor, masks: np.ndarray
     ) -> tuple[Instances, Tensor]:
-        """Refine masks of a photo, with their statistics ``(N, 6)``, or ``(0, 6)`` if no gain is predicted."""
+        """Refine masks of a photo, with their statistics ``(N, 10)``, or ``(0, 10)`` if no gain is predicted."""
         options = replace(self.options, keep_if_gain_below=-1.0)
         with _statistics(refiner.model) as rows:
             out = refiner.refine(pixels, boxes=boxes, masks=masks, options=options).to("cpu")
