@@ -140,6 +140,7 @@ def start_refiner(adapter: Adapter, name: str | Path | None) -> Refiner:
         feature_fingerprint=None,
         # A prediction that was fitted to another model's refinements says nothing of these.
         predicts_gain=False,
+        pixel_widths=(),  # it takes photos, and here come features alone
     )
     model = RefinerModel(config)
     model.transfiner.load_state_dict(found.transfiner.state_dict())

@@ -140,7 +140,11 @@ def build_refiner(adapter: Adapter) -> Refiner:
     embedded = Refiner.from_pretrained().model
     features = adapter.config()
     config = replace(
-        embedded.config, feature_source=features.feature_source, strides=features.strides, predicts_gain=False
+        embedded.config,
+        feature_source=features.feature_source,
+        strides=features.strides,
+        predicts_gain=False,
+        pixel_widths=(),
     )
     model = RefinerModel(config)
     model.transfiner.load_state_dict(embedded.transfiner.state_dict())

@@ -30,6 +30,7 @@ from transfiner_refine.export.graphs import RefinerGraph, node_budget
 from transfiner_refine.functional.rle import decode
 from transfiner_refine.modeling.gain import STATISTICS, refinement_statistics
 from transfiner_refine.modeling.model import RefinerModel
+from transfiner_refine.modeling.pixel_head import PIXEL_SIDE
 from transfiner_refine.modeling.transfiner import above_threshold
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install onnx onnxscript onnxruntime")
@@ -50,15 +51,17 @@ PROBABILITY = 1e-3
 
 
 def small_refiner(**changes) -> Refiner:
-    """A refiner with an image encoder that finds nodes and corrects them, and predicts gains."""
+    """A refiner with an image encoder that finds nodes, corrects and aligns them, and predicts gains."""
     torch.manual_seed(0)
-    config = encoder_config(depth=2, layers=1, predicts_gain=True, **changes)
+    config = encoder_config(**({"depth": 2, "layers": 1, "predicts_gain": True, "pixel_widths": (8, 12)} | changes))
     model = RefinerModel(config).eval()
     pixels = torch.from_numpy(random_image(256, 256)).permute(2, 0, 1)[None].float() / 255
     assert model.image_encoder is not None and model.gain_predictor is not None
     with torch.no_grad():
         make_eventful(model.transfiner, pyramid=model.image_encoder(pixels))
         model.gain_predictor.weight.copy_(torch.linspace(-0.02, 0.03, len(STATISTICS)))
+        if model.pixel_head is not None:
+            torch.nn.init.normal_(model.pixel_head.out.weight, std=0.5)
     return Refiner(model)
 
 
@@ -186,7 +189,7 @@ def test_the_graph_predicts_the_gain(refiner: Refiner):
     assert predictor is not None
     pyramid = random_pyramid(256, 256, strides=transfiner.config.strides)
     roi_pyramid, coarse = roi_scene(transfiner, CIRCLES, pyramid=pyramid)
-    graph = RefinerGraph(refiner.model, node_budget(100, 2), 0.5, 0.5)
+    graph = RefinerGraph(refiner.model, node_budget(100, 2), 0.5, 0.5, align_pixels=False)
     with torch.no_grad():
         output = transfiner(roi_pyramid, coarse, 2, above_threshold(0.5, 100))
         expected = predictor(refinement_statistics(output, coarse))
@@ -212,21 +215,22 @@ def test_the_graphs_take_whole_images(refiner: Refiner, exported: Path):
     pixels = torch.rand(2, 3, 224, 320)
     image_encoder = refiner.model.image_encoder
     assert image_encoder is not None
-    coarse = torch.rand(5, 56, 56)
+    coarse, roi_pixels = torch.rand(5, 56, 56), torch.rand(5, 3, PIXEL_SIDE, PIXEL_SIDE)
     rois = torch.tensor([[10.0, 20, 100, 120], [0, 0, 220, 320], [5, 5, 9, 9], [-20, 100, 60, 400], [8, 8, 40, 200]])
     image = torch.tensor([0, 0, 1, 1, 0])
     eager = RefinerGraph(refiner.model, node_budget(MAX_NODES, 2), 0.5, 0.5)
     with torch.no_grad():
         maps = image_encoder(pixels).maps
-        expected = eager(maps, rois, image, coarse)
+        expected = eager(maps, rois, image, coarse, roi_pixels)
     for found, wanted in zip(encoder.run(None, {"pixels": pixels.numpy()}), maps, strict=True):
         assert found == pytest.approx(wanted.numpy(), abs=1e-4)
     names = [x.name for x in graph.get_inputs()]
-    feed = {name: x.numpy() for name, x in zip(names, [*maps, rois, image, coarse], strict=True)}
-    probs, touched, gain = graph.run(None, feed)
+    feed = {name: x.numpy() for name, x in zip(names, [*maps, rois, image, coarse, roi_pixels], strict=True)}
+    probs, touched, aligned, gain = graph.run(None, feed)
     assert probs == pytest.approx(expected[0].numpy(), abs=PROBABILITY)
     assert np.array_equal(touched, expected[1].numpy())
-    assert gain == pytest.approx(expected[2].numpy(), abs=PROBABILITY)
+    assert aligned == pytest.approx(expected[2].numpy(), abs=PROBABILITY)
+    assert gain == pytest.approx(expected[3].numpy(), abs=PROBABILITY)
 
 
 def test_the_runtime_needs_no_torch(exported: Path):
@@ -279,10 +283,11 @@ def test_saved_programs_compute_the_same(saved: Path, refiner: Refiner, tmp_path
     pyramid = random_pyramid(256, 224, strides=refiner.config.strides)
     coarse, image = torch.rand(4, 56, 56), torch.zeros(4, dtype=torch.long)
     rois = torch.tensor([[10.0, 20, 100, 120], [0, 0, 220, 220], [5, 5, 9, 9], [-20, 100, 60, 400]])
+    inputs = (pyramid.maps, rois, image, coarse, torch.rand(4, 3, PIXEL_SIDE, PIXEL_SIDE))
     with torch.no_grad():
-        expected = RefinerGraph(refiner.model, (20, 60), 0.5, 0.5)(pyramid.maps, rois, image, coarse)
+        expected = RefinerGraph(refiner.model, (20, 60), 0.5, 0.5)(*inputs)
     program = torch.export.load(tmp_path / "out" / "refiner.pt2").module()
-    for found, wanted in zip(program(pyramid.maps, rois, image, coarse), expected, strict=True):
+    for found, wanted in zip(program(*inputs), expected, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
 

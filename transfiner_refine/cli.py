@@ -27,6 +27,7 @@ from transfiner_refine.commands.evaluate import evaluate
 from transfiner_refine.commands.export import export
 from transfiner_refine.commands.options import (
     DEFAULTS,
+    AlignPixels,
     Depth,
     Device,
     Encode,
@@ -127,6 +128,7 @@ def image(
     token_budget: TokenBudget = DEFAULTS.token_budget,
     keep_if_iou_below: KeepIfIouBelow = DEFAULTS.keep_if_iou_below,
     keep_if_gain_below: KeepIfGainBelow = DEFAULTS.keep_if_gain_below,
+    align_pixels: AlignPixels = DEFAULTS.align_pixels,
     encode: Encode = DEFAULTS.encode,
 ) -> None:
     """Refine the masks of one photo, and draw them."""
@@ -140,6 +142,7 @@ def image(
         token_budget=token_budget,
         keep_if_iou_below=keep_if_iou_below,
         keep_if_gain_below=keep_if_gain_below,
+        align_pixels=align_pixels,
         encode=encode,
         return_quadtree=True,
     )

@@ -46,6 +46,8 @@ class TransfinerConfig:
         lower_level_guidance: Whether finer incoherence detectors see the coarser prediction (paper, Table 3).
         joint_levels: One sequence of all levels (paper) or one sequence per level (paper, Table 8).
         propagate: Whether refined values are handed down to the quadrants (paper, Table 8).
+        pixel_widths: Channels of each scale of the pixel head, finest first, which moves outlines onto the edges of the
+            photo after the last level; empty for none (paper). It needs the photo, so it goes with an image encoder.
         feature_fingerprint: SHA-256 of the detector's weights with which the refiner was saved by an adapter; None for
             an image encoder, or where it is not known.
         predicts_gain: Whether the model predicts what each refinement wins, so that a call can refuse the bad ones; set
@@ -72,6 +74,7 @@ class TransfinerConfig:
     joint_levels: bool = True
     propagate: bool = True
     predicts_gain: bool = False
+    pixel_widths: tuple[int, ...] = ()
     feature_fingerprint: str | None = None
     format_version: int = 1
 
@@ -79,6 +82,7 @@ class TransfinerConfig:
         # JSON has no tuples: what comes back from config.json are lists.
         object.__setattr__(self, "strides", tuple(self.strides))
         object.__setattr__(self, "node_cues", tuple(self.node_cues))
+        object.__setattr__(self, "pixel_widths", tuple(self.pixel_widths))
         if self.format_version != 1:
             raise InvalidInputError(
                 f"expected format_version 1, got {self.format_version}: install the release that wrote this config"
@@ -89,6 +93,8 @@ class TransfinerConfig:
                 raise InvalidInputError(f"expected {name} as an integer of at least 1, got {value!r}")
         if not isinstance(self.depth, int) or not 0 <= self.depth <= MAX_DEPTH:
             raise InvalidInputError(f"expected depth 0 to {MAX_DEPTH}, got {self.depth!r}")
+        if len(self.pixel_widths) > 5 or not all(isinstance(width, int) and width > 0 for width in self.pixel_widths):
+            raise InvalidInputError(f"expected at most five pixel_widths, integers above 0, got {self.pixel_widths}")
         if not isinstance(self.context_scales, int) or not 0 <= self.context_scales <= 2:
             raise InvalidInputError(f"expected context_scales 0 to 2, got {self.context_scales!r}")
         if not all(isinstance(stride, int) and stride > 0 for stride in self.strides):
@@ -129,6 +135,8 @@ class RefineOptions:
         keep_if_gain_below: A refined mask whose predicted gain of Boundary IoU is below this is replaced by the coarse
             mask and flagged in ``kept_coarse``; -1 accepts every refinement. Without effect on a model that does not
             predict gains.
+        align_pixels: Whether the pixel head moves the refined outline onto the edges of the photo; False leaves what
+            the quadtree gave. Without effect on a model without one, and where there is no image.
         encode: How the image encoder sees the image: ``"crops"`` encodes each instance at a fixed scale, ``"image"``
             the whole image once, ``"auto"`` whichever needs fewer pixels.
         return_quadtree: Whether the result carries incoherence maps and quadtrees, for pictures and analysis.
@@ -141,6 +149,7 @@ class RefineOptions:
     max_nodes: int | None = None
     keep_if_iou_below: float = 0.5
     keep_if_gain_below: float = 0.0
+    align_pixels: bool = True
     encode: Literal["auto", "image", "crops"] = "auto"
     return_quadtree: bool = False
 

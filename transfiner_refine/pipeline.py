@@ -21,6 +21,7 @@ from transfiner_refine.functional.sampling import FeatureTable, RoIPyramid
 from transfiner_refine.inputs import CoarseMasks
 from transfiner_refine.modeling.gain import refinement_statistics
 from transfiner_refine.modeling.model import RefinerModel
+from transfiner_refine.modeling.pixel_head import PIXEL_SIDE, align, enlarge
 from transfiner_refine.modeling.transfiner import TransfinerOutput, above_threshold
 from transfiner_refine.types import FeaturePyramid, LevelNodes, RefineDetails
 
@@ -180,6 +181,7 @@ class Pipeline:
         for group in self._groups(jobs):
             coarse = torch.cat([self._coarse(job, index) for job, index in group])
             output = self.model.transfiner(self._features(group), coarse, self.depth, select, options.token_budget)
+            output, aligned = self._align(group, output, coarse)
             # A coarse mask without a single cell has nothing to refine.
             present = coarse.amax(dim=(1, 2)) >= options.mask_threshold
             stray = _iou(output.probs, coarse, options.mask_threshold) < options.keep_if_iou_below
@@ -187,6 +189,12 @@ class Pipeline:
             keep = present & (stray | (gain < options.keep_if_gain_below))
             touched = output.touched & (present & ~keep)[:, None, None]
             probs = torch.where(touched, output.probs, coarse)
+            pasted, where, before = probs, touched, coarse
+            if aligned is not None:
+                scale = PIXEL_SIDE // coarse.shape[-1]
+                where = touched.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
+                before = enlarge(coarse[:, None])[:, 0]
+                pasted = torch.where(where, aligned, before)
             start = 0
             for job, index in group:
                 part = slice(start, start + index.shape[0])
@@ -195,13 +203,29 @@ class Pipeline:
                 if job.gain is not None:
                     job.gain[index] = gain[part]
                 masks = job.masks[index]
-                before = coarse[part] if job.coarse.frame == "image" else None
-                paste(probs[part], job.rois[index], masks, options.mask_threshold, touched[part], before)
+                was = before[part] if job.coarse.frame == "image" else None
+                paste(pasted[part], job.rois[index], masks, options.mask_threshold, where[part], was)
                 job.masks[index] = masks
                 start = part.stop
             if options.return_quadtree:
                 (job, index), *_ = group
                 job.found.append((index, output))
+
+    def _align(self, group: Group, output: TransfinerOutput, coarse: Tensor) -> tuple[TransfinerOutput, Tensor | None]:
+        """Move the outlines of a group onto the edges of its photos.
+
+        Returns:
+            The refinement, and probabilities of pixels ``(n, P, P)``; None where nothing is aligned.
+        """
+        head = self.model.pixel_head
+        if head is None or not self.options.align_pixels or self.depth == 0:
+            return output, None
+        pixels = []
+        for job, index in group:
+            if job.image is None:  # features alone, and they come one job at a time
+                return output, None
+            pixels.append(crop_image(job.image, job.rois[index], PIXEL_SIDE, samples=-1))
+        return align(head, torch.cat(pixels).to(self.dtype), output, coarse)
 
     def _gain(self, output: TransfinerOutput, coarse: Tensor) -> Tensor:
         """Predicted gains ``(R,)``; infinite where nothing predicts them, so that no refinement is refused."""

@@ -17,6 +17,7 @@ from transfiner_refine.bulk.source import Source
 from transfiner_refine.bulk.work import Work
 from transfiner_refine.commands.options import (
     DEFAULTS,
+    AlignPixels,
     Depth,
     Device,
     Encode,
@@ -51,6 +52,7 @@ def coco(
     token_budget: TokenBudget = DEFAULTS.token_budget,
     keep_if_iou_below: KeepIfIouBelow = DEFAULTS.keep_if_iou_below,
     keep_if_gain_below: KeepIfGainBelow = DEFAULTS.keep_if_gain_below,
+    align_pixels: AlignPixels = DEFAULTS.align_pixels,
     encode: Encode = DEFAULTS.encode,
     strict: Annotated[
         bool, typer.Option("--strict", help="End with the first image that cannot be refined, instead of listing it.")
@@ -85,6 +87,7 @@ def coco(
         token_budget=token_budget,
         keep_if_iou_below=keep_if_iou_below,
         keep_if_gain_below=keep_if_gain_below,
+        align_pixels=align_pixels,
         encode=encode,
     )
     if engine == "local" and (address is not None or workers is not None):

@@ -24,6 +24,9 @@ KeepIfIouBelow = Annotated[
 KeepIfGainBelow = Annotated[
     float, typer.Option(help="Keep the coarse mask if the refined one promises less Boundary IoU; -1 never does.")
 ]
+AlignPixels = Annotated[
+    bool, typer.Option("--align-pixels/--no-align-pixels", help="Move outlines onto the edges of the photo.")
+]
 Encode = Annotated[
     Literal["auto", "image", "crops"],
     typer.Option(help="Encode the whole image once, a crop for each mask, or whichever is cheaper."),

@@ -84,6 +84,34 @@ class _Work(NamedTuple):
     affine: np.ndarray
 
 
+class Draw(NamedTuple):
+    """The random choices of one sample, before its pixels are drawn.
+
+    Attributes:
+        work: The object in the frame of its coarse mask.
+        roi: ``(4,)`` float64 xyxy, work frame.
+        placed: ``(2, 3)`` continuous pixels of the work frame to continuous pixels of the crop.
+        photo: ``(H, W, 3)`` uint8 RGB, the object's photo.
+        scene: What the sample is composed of, or None.
+        weight: Weight of the object's losses.
+        rng: Source of what else is random.
+    """
+
+    work: _Work
+    roi: np.ndarray
+    placed: np.ndarray
+    photo: np.ndarray
+    scene: Scene | None
+    weight: float
+    rng: np.random.Generator
+
+    @property
+    def crop_roi(self) -> np.ndarray:
+        """``(4,)`` float64 xyxy, crop pixels."""
+        corners = self.placed[:, :2] @ self.roi.reshape(2, 2).T + self.placed[:, 2:]  # x of both corners, then y
+        return np.sort(corners, axis=1).T.reshape(4)
+
+
 class CropDataset(Dataset[CropSample]):
     """Crops around the objects of one or more COCO-format datasets, with real and simulated coarse masks.
 
@@ -140,26 +168,44 @@ class CropDataset(Dataset[CropSample]):
         return len(self._entries)
 
     def __getitem__(self, index: int) -> CropSample:
+        draw = self.draw(index)
+        coarse, target = self.masks(draw)
+        return CropSample(
+            image=self.pixels(draw, draw.placed, CROP_SIDE),
+            roi=torch.from_numpy(draw.crop_roi).float(),
+            coarse=coarse,
+            target=target,
+            weight=torch.tensor(draw.weight, dtype=torch.float32),
+            index=torch.tensor(index),
+        )
+
+    def draw(self, index: int) -> Draw:
+        """Make the random choices of a sample."""
         cache, item = self._entries[index]
         rng = np.random.default_rng([self.seed, int(self._epoch), index])
         scene = self._scene(index, rng)
         work = self._coarse(cache, item, scene, rng)
         roi = expand_boxes(torch.from_numpy(work.box[None]), self.box_margin)[0].numpy()
-        placed = self._place(roi, rng)  # work frame to crop
-        image = self._image(cache.image(item), scene, compose(placed, work.affine), rng)
-        coarse, target = self._roi_frame(work, roi)
-        corners = placed[:, :2] @ roi.reshape(2, 2).T + placed[:, 2:]  # (2, 2): x of both corners, then y
-        (x0, x1), (y0, y1) = np.sort(corners, axis=1)
-        if placed[0, 0] < 0:
-            coarse, target = coarse.flip(1), target.flip(1)
-        return CropSample(
-            image=torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
-            roi=torch.tensor([x0, y0, x1, y1], dtype=torch.float32),
-            coarse=coarse,
-            target=target,
-            weight=torch.tensor(cache.source.weight, dtype=torch.float32),
-            index=torch.tensor(index),
-        )
+        return Draw(work, roi, self._place(roi, rng), cache.image(item), scene, cache.source.weight, rng)
+
+    def pixels(self, draw: Draw, placed: np.ndarray, side: int) -> Tensor:
+        """Draw a sample's photo.
+
+        Args:
+            draw: The sample.
+            placed: ``(2, 3)`` continuous pixels of the work frame to continuous pixels of the result.
+            side: Side of the result.
+
+        Returns:
+            ``(3, side, side)`` uint8 RGB.
+        """
+        image = self._image(draw.photo, draw.scene, compose(placed, draw.work.affine), draw.rng, side)
+        return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+    def masks(self, draw: Draw) -> tuple[Tensor, Tensor]:
+        """Coarse probabilities ``(S, S)`` float32 and target ``(2·S, 2·S)`` bool of a sample, RoI frame."""
+        coarse, target = self._roi_frame(draw.work, draw.roi)
+        return (coarse.flip(1), target.flip(1)) if draw.placed[0, 0] < 0 else (coarse, target)
 
     def _cut_out(self, index: int) -> CutOut:
         cache, item = self._entries[index]
@@ -265,19 +311,19 @@ class CropDataset(Dataset[CropSample]):
         return np.column_stack([np.diag(scale), CROP_SIDE / 2 + shift - scale * centre])
 
     def _image(
-        self, image: np.ndarray, scene: Scene | None, affine: np.ndarray, rng: np.random.Generator
+        self, image: np.ndarray, scene: Scene | None, affine: np.ndarray, rng: np.random.Generator, side: int
     ) -> np.ndarray:
-        """Crop and, in training, change the colours; ``(256, 256, 3)`` uint8."""
+        """Crop and, in training, change the colours; ``(side, side, 3)`` uint8."""
         if scene is not None:
-            crop = photometric(draw_scene(scene, affine, CROP_SIDE, rng), rng)
+            crop = photometric(draw_scene(scene, affine, side, rng), rng)
             if scene.background is not None:  # it has no end within the crop
                 return crop
         else:
-            crop = warp_crop(image, affine, (CROP_SIDE, CROP_SIDE))
+            crop = warp_crop(image, affine, (side, side))
             if not self.augment:
                 return crop
             crop = photometric(crop, rng)
-        inside = warp(np.ones(image.shape[:2], np.uint8), affine, (CROP_SIDE, CROP_SIDE), 0)
+        inside = warp(np.ones(image.shape[:2], np.uint8), affine, (side, side), 0)
         crop[inside == 0] = FILL  # outside of the image stays the encoder's zero
         return crop
 

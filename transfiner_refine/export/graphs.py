@@ -26,6 +26,7 @@ from transfiner_refine.functional.sampling import RoIPyramid
 from transfiner_refine.modeling.gain import GainPredictor, refinement_statistics
 from transfiner_refine.modeling.image_encoder import ImageEncoder
 from transfiner_refine.modeling.model import RefinerModel
+from transfiner_refine.modeling.pixel_head import PixelHead, align
 from transfiner_refine.modeling.transfiner import Detection, IncoherenceDetector, MaskTransfiner, TransfinerOutput
 from transfiner_refine.types import FeaturePyramid, LevelNodes
 
@@ -75,18 +76,27 @@ class EncoderGraph(nn.Module):
 
 
 class RefinerGraph(nn.Module):
-    """Mask Transfiner and gain predictor at a fixed node budget.
+    """Mask Transfiner, pixel head and gain predictor at a fixed node budget.
 
     Args:
         model: The refiner's model, whose modules are used as they are.
         budget: Nodes per RoI at each level; see :func:`node_budget`.
         incoherence_threshold: Probability above which a cell is an incoherent node.
         mask_threshold: Probability from which a cell belongs to the mask, for the predicted gain.
+        align_pixels: Whether the pixel head is part of the graph, where the model has one.
     """
 
-    def __init__(self, model: RefinerModel, budget: Sequence[int], incoherence_threshold: float, mask_threshold: float):
+    def __init__(
+        self,
+        model: RefinerModel,
+        budget: Sequence[int],
+        incoherence_threshold: float,
+        mask_threshold: float,
+        align_pixels: bool = True,
+    ):
         super().__init__()
         self.transfiner: MaskTransfiner = model.transfiner
+        self.pixel_head: PixelHead | None = model.pixel_head if align_pixels else None
         self.gain_predictor: GainPredictor | None = model.gain_predictor
         self.strides = model.config.strides
         self.budget = tuple(budget)
@@ -94,8 +104,8 @@ class RefinerGraph(nn.Module):
         self.mask_threshold = mask_threshold
 
     def forward(
-        self, maps: tuple[Tensor, ...], rois: Tensor, image: Tensor, coarse: Tensor
-    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
+        self, maps: tuple[Tensor, ...], rois: Tensor, image: Tensor, coarse: Tensor, roi_pixels: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """Refine R RoIs.
 
         Args:
@@ -103,19 +113,27 @@ class RefinerGraph(nn.Module):
             rois: ``(R, 4)`` float32 xyxy, network frame.
             image: ``(R,)`` int64, whose maps of the B serve each RoI.
             coarse: ``(R, S, S)`` float32 coarse probabilities, ``S = 28 · 2^(levels - 1)``.
+            roi_pixels: ``(R, 3, P, P)`` float32, RGB in [0, 1] of each RoI, for the pixel head; None without one.
 
         Returns:
             ``(R, S, S)`` float32 refined probabilities; ``(R, S, S)`` bool, the cells that a node or an ancestor of
-            theirs set; and ``(R,)`` float32 predicted gains, where the model predicts them.
+            theirs set, or the pixel head; with a pixel head ``(R, P, P)`` float32, the refined probabilities of pixels;
+            and ``(R,)`` float32 predicted gains, where the model predicts them.
         """
         count = rois.shape[0]
         levels = coarse_levels(coarse, len(self.budget))
         roi_pyramid = self.transfiner.roi_pyramid(FeaturePyramid(maps, self.strides), rois, image)
         output = self._refine(*self._with_spare_roi(roi_pyramid, levels, *self._detect(roi_pyramid, levels)))
-        refined = output.probs[:count], output.touched[:count]
+        spared = _append_zeros(coarse)
+        aligned: tuple[Tensor, ...] = ()
+        if self.pixel_head is not None:
+            assert roi_pixels is not None
+            output, pixels = align(self.pixel_head, _append_zeros(roi_pixels), output, spared)
+            aligned = (pixels[:count],)
+        refined = output.probs[:count], output.touched[:count], *aligned
         if self.gain_predictor is None:
             return refined
-        statistics = refinement_statistics(output, _append_zeros(coarse), self.mask_threshold)
+        statistics = refinement_statistics(output, spared, self.mask_threshold)
         return *refined, self.gain_predictor(statistics)[:count]
 
     def _detect(self, roi_pyramid: RoIPyramid, coarse: Sequence[Tensor]) -> tuple[Detection, list[Tensor]]:

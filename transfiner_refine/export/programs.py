@@ -20,6 +20,7 @@ from transfiner_refine.export import runtime
 from transfiner_refine.export.graphs import EncoderGraph, RefinerGraph, node_budget
 from transfiner_refine.functional.crops import OUTSIDE
 from transfiner_refine.functional.paste import LEAST_CHANGE
+from transfiner_refine.modeling.pixel_head import PIXEL_SIDE
 from transfiner_refine.pipeline import CROP_SIDE, CROP_SPAN
 from transfiner_refine.refiner import Refiner
 
@@ -40,7 +41,8 @@ class RefinerPrograms:
     Attributes:
         image_encoder: ``pixels (B, 3, 32·h, 32·w)`` float32 RGB in [0, 1] to a tuple of maps, finest first; None where
             a detector makes the features.
-        refiner: ``((maps, ...), rois, image, coarse)`` to ``(probs, touched)`` or ``(probs, touched, gain)``; see
+        refiner: ``((maps, ...), rois, image, coarse)``, and ``roi_pixels`` with a pixel head, to ``probs``, ``touched``
+            and, where the model has them, ``aligned`` and ``gain``; see
             :class:`transfiner_refine.export.graphs.RefinerGraph`.
         config: What ``config.json`` says of them: inputs, frames, sizes, thresholds and node budget.
     """
@@ -106,7 +108,7 @@ def export_program(
         refiner: The refiner.
         max_nodes: Nodes per RoI and level, one number (as ``RefineOptions.max_nodes``) or one for each level; None
             takes ``options.max_nodes``, or without that what real outlines need. Time and memory follow it.
-        options: ``depth`` and the thresholds, which become constants.
+        options: ``depth``, ``align_pixels`` and the thresholds, which become constants.
 
     Returns:
         The programs.
@@ -129,13 +131,17 @@ def export_program(
         sides = {2: coarsest * Dim("rows", min=2, max=4096), 3: coarsest * Dim("columns", min=2, max=4096)}
         pixels = torch.zeros(EXAMPLES, 3, 2 * CROP_SIDE, CROP_SIDE)
         encoder = _trace(EncoderGraph(model.image_encoder), (pixels,), (dynamic | sides,))
-    graph = RefinerGraph(model, budget, options.incoherence_threshold, options.mask_threshold)
+    graph = RefinerGraph(
+        model, budget, options.incoherence_threshold, options.mask_threshold, align_pixels=options.align_pixels
+    )
     side = ROOT_SIDE << (depth - 1)
     maps = tuple(torch.zeros(2, config.feature_channels, 768 // s, 512 // s) for s in config.strides)
     rois = torch.tensor([[0.0, 0.0, 100.0, 100.0]]).repeat(EXAMPLES, 1)
     inputs = (maps, rois, torch.zeros(EXAMPLES, dtype=torch.long), torch.zeros(EXAMPLES, side, side))
+    if graph.pixel_head is not None:
+        inputs += (torch.zeros(EXAMPLES, 3, PIXEL_SIDE, PIXEL_SIDE),)
     of_map = dynamic | {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
-    program = _trace(graph, inputs, ((of_map,) * len(maps), dynamic, dynamic, dynamic))
+    program = _trace(graph, inputs, ((of_map,) * len(maps), *[dynamic] * (len(inputs) - 1)))
     return RefinerPrograms(encoder, program, _describe(refiner, options, budget))
 
 
@@ -208,6 +214,13 @@ def _describe(refiner: Refiner, options: RefineOptions, budget: tuple[int, ...])
         _value("probs", ["N", side, side], "float32", "refined probabilities, RoI frame"),
         _value("touched", ["N", side, side], "bool", "cells that were refined; the others are as in coarse"),
     ]
+    aligns = refiner.model.pixel_head is not None and options.align_pixels
+    pixels = []
+    if aligns:
+        shape = ["N", 3, PIXEL_SIDE, PIXEL_SIDE]
+        pixels.append(_value("roi_pixels", shape, "float32", "RGB in [0, 1] of each RoI, 127 / 255 beyond the image"))
+        shape = ["N", PIXEL_SIDE, PIXEL_SIDE]
+        outputs.append(_value("aligned", shape, "float32", "refined probabilities of pixels, RoI frame"))
     if refiner.model.gain_predictor is not None:
         outputs.append(_value("gain", ["N"], "float32", "predicted gain of Boundary IoU"))
     return {
@@ -225,6 +238,7 @@ def _describe(refiner: Refiner, options: RefineOptions, budget: tuple[int, ...])
                 _value("rois", ["N", 4], "float32", "xyxy, pixels of the image that the maps are of"),
                 _value("image", ["N"], "int64", "which of the B images each RoI lies in"),
                 _value("coarse", ["N", side, side], "float32", "coarse probabilities, RoI frame"),
+                *pixels,
             ],
             "outputs": outputs,
         },
@@ -235,6 +249,7 @@ def _describe(refiner: Refiner, options: RefineOptions, budget: tuple[int, ...])
         "keep_if_gain_below": options.keep_if_gain_below,
         "box_margin": config.box_margin,
         "roi_side": side,
+        "pixel_side": PIXEL_SIDE if aligns else None,
         "crop_side": CROP_SIDE,
         "crop_span": CROP_SPAN,
         "outside": OUTSIDE,

@@ -76,6 +76,7 @@ class OnnxRefiner:
             return onnxruntime.InferenceSession(str(folder / name), settings, providers=list(providers))
 
         self._encoder, self._refiner = session("image_encoder.onnx"), session("refiner.onnx")
+        self._outputs = [x.name for x in self._refiner.get_outputs()]
 
     def refine(self, image: np.ndarray, *, masks: np.ndarray, boxes: Any = None, batch_size: int = 4) -> RefinedMasks:
         """Refine the masks of one image.
@@ -104,27 +105,35 @@ class OnnxRefiner:
         usable = np.flatnonzero((size > 0).all(axis=1) & inside)
         probs = np.zeros((len(masks), side, side), np.float32)
         kept = np.zeros(len(masks), np.bool_)
-        predicts_gain = len(self._refiner.get_outputs()) == 3
-        gains = np.zeros(len(masks), np.float32) if predicts_gain else None
+        gains = np.zeros(len(masks), np.float32) if "gain" in self._outputs else None
         pyramid = _ImagePyramid(image, config["outside"])
         for start in range(0, len(usable), batch_size):
             index = usable[start : start + batch_size]
             coarse = np.stack([_crop_mask(masks[i], rois[i], side) for i in index])
-            found, touched, *gain = self._run(pyramid, rois[index], coarse)
+            outputs = self._run(pyramid, rois[index], coarse)
+            found, touched = outputs["probs"], outputs["touched"]
             present = coarse.max(axis=(1, 2)) >= threshold
             refused = _iou(found >= threshold, coarse >= threshold) < config["keep_if_iou_below"]
             if gains is not None:
-                refused |= gain[0] < config["keep_if_gain_below"]
-                gains[index] = gain[0]
+                refused |= outputs["gain"] < config["keep_if_gain_below"]
+                gains[index] = outputs["gain"]
             kept[index] = present & refused
             touched &= (present & ~refused)[:, None, None]
             probs[index] = np.where(touched, found, coarse)
-            for i, where, before in zip(index, touched, coarse, strict=True):
-                _paste(probs[i], before, where, rois[i], refined[i], threshold, config["least_change"])
+            pasted, before = probs[index], coarse
+            if "aligned" in outputs:
+                pixel_side = config["pixel_side"]
+                touched = touched.repeat(pixel_side // side, axis=1).repeat(pixel_side // side, axis=2)
+                centres = (np.arange(pixel_side, dtype=np.float32) + np.float32(0.5)) * np.float32(side / pixel_side)
+                enlarge = _interpolation(centres - np.float32(0.5), side)
+                before = enlarge @ coarse @ enlarge.T
+                pasted = np.where(touched, outputs["aligned"], before)
+            for i, new, old, where in zip(index, pasted, before, touched, strict=True):
+                _paste(new, old, where, rois[i], refined[i], threshold, config["least_change"])
         return RefinedMasks(refined, probs, rois, kept, gains)
 
-    def _run(self, pyramid: _ImagePyramid, rois: np.ndarray, coarse: np.ndarray) -> list[np.ndarray]:
-        """Encode a window around each of n RoIs, and refine: probabilities, touched cells, and predicted gains."""
+    def _run(self, pyramid: _ImagePyramid, rois: np.ndarray, coarse: np.ndarray) -> dict[str, np.ndarray]:
+        """Encode a window around each of n RoIs, and refine: the graph's outputs by name."""
         crop_side = self.config["crop_side"]
         centre = (rois[:, :2] + rois[:, 2:]) / 2
         half = (rois[:, 2:] - rois[:, :2]).max(axis=1, keepdims=True) * (crop_side / self.config["crop_span"] / 2)
@@ -136,7 +145,9 @@ class OnnxRefiner:
         feed = {"rois": in_window.reshape(-1, 4), "image": np.arange(len(rois)), "coarse": coarse}
         names = [x["name"] for x in self.config["image_encoder"]["outputs"]]
         feed |= dict(zip(names, maps, strict=True))
-        return self._refiner.run(None, feed)
+        if "aligned" in self._outputs:
+            feed["roi_pixels"] = np.stack([pyramid.crop(roi, self.config["pixel_side"], samples=None) for roi in rois])
+        return dict(zip(self._outputs, self._refiner.run(None, feed), strict=True))
 
 
 class _ImagePyramid:
@@ -147,9 +158,15 @@ class _ImagePyramid:
         # Relative to the grey that fills what lies beyond the border, where samples are zero.
         self.levels = [image.transpose(2, 0, 1).astype(np.float32) / np.float32(255) - self.outside]
 
-    def crop(self, window: np.ndarray, side: int) -> np.ndarray:
-        """Resample a window ``(4,)`` to ``(3, side, side)`` float32 in [0, 1], two samples per pixel and axis."""
-        shrink = max(float((window[2:] - window[:2]).max()) / side, 1.0)
+    def crop(self, window: np.ndarray, side: int, samples: int | None = 2) -> np.ndarray:
+        """Resample a window ``(4,)`` to ``(3, side, side)`` float32 in [0, 1].
+
+        Args:
+            window: xyxy pixels.
+            side: Side of the result.
+            samples: Samples per pixel of the result and axis; None takes one for every pixel of the pyramid's level.
+        """
+        shrink = max(float((window[2:] - window[:2]).min()) / side, 1.0)
         level = int(np.log2(np.float32(shrink)))
         while len(self.levels) <= level:
             last = self.levels[-1]
@@ -157,8 +174,9 @@ class _ImagePyramid:
             self.levels.append(padded.reshape(3, padded.shape[1] // 2, 2, padded.shape[2] // 2, 2).mean(axis=(2, 4)))
         pixels = self.levels[level]
         x0, y0, x1, y1 = window / np.float32(2**level)
-        rows, of_rows = _resampling(y0, y1, side, 2, pixels.shape[1])
-        columns, of_columns = _resampling(x0, x1, side, 2, pixels.shape[2])
+        down, across = (samples or max(1, int(np.ceil(length / np.float32(side)))) for length in (y1 - y0, x1 - x0))
+        rows, of_rows = _resampling(y0, y1, side, down, pixels.shape[1])
+        columns, of_columns = _resampling(x0, x1, side, across, pixels.shape[2])
         return of_rows @ pixels[:, rows, columns] @ of_columns.T + self.outside
 
 

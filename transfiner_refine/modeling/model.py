@@ -7,6 +7,7 @@ from transfiner_refine.errors import InvalidInputError
 from transfiner_refine.modeling.efficientnet_lite import EfficientNetLite
 from transfiner_refine.modeling.gain import GainPredictor
 from transfiner_refine.modeling.image_encoder import ImageEncoder
+from transfiner_refine.modeling.pixel_head import PixelHead
 from transfiner_refine.modeling.transfiner import MaskTransfiner
 
 IMAGE_ENCODER = "image_encoder"
@@ -19,6 +20,7 @@ class RefinerModel(nn.Module):
         config: The architecture.
         image_encoder: None when a detector makes the features.
         transfiner: The paper's network.
+        pixel_head: None when the outline stays as the quadtree left it.
         gain_predictor: None when the model does not predict gains.
 
     Raises:
@@ -36,4 +38,5 @@ class RefinerModel(nn.Module):
         if config.feature_source == IMAGE_ENCODER:
             self.image_encoder = ImageEncoder(config.feature_channels, config.backbone)
         self.transfiner = MaskTransfiner(config)
+        self.pixel_head = PixelHead(config.pixel_widths) if config.pixel_widths else None
         self.gain_predictor = GainPredictor() if config.predicts_gain else None

@@ -215,6 +215,8 @@ def warming_average(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Te
 def freeze(model: RefinerModel, config: TrainConfig) -> None:
     """Make exactly those weights trainable that a schedule trains."""
     model.requires_grad_(True)
+    if model.pixel_head is not None:
+        model.pixel_head.requires_grad_(False)  # it sees edges and colours, which are alike everywhere
     if model.image_encoder is not None:
         model.image_encoder.backbone.freeze(5 if config.frozen_detector else config.frozen_stages)
     if config.frozen_detector:
