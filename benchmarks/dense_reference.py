@@ -147,7 +147,7 @@ def _detect(
 ) -> tuple[Tensor, list[LevelNodes]]:
     """Run the incoherence detector over whole grids: guidance ``(R, C, 28, 28)`` and the nodes of each level."""
     detector = model.incoherence_detector
-    guidance = hidden = detector.tower(torch.cat([pyramid.inner(0), coarse[0][:, None]], dim=1))
+    guidance = hidden = detector.guidance(pyramid.inner(0), coarse[0])
     logits = detector.classifier(guidance)[:, 0]
     quadtree = []
     allowed = torch.ones_like(logits, dtype=torch.bool)

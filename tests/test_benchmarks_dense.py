@@ -58,6 +58,21 @@ def test_at_every_depth(benchmark, depth: int):
     torch.testing.assert_close(dense.refine_densely(model, *arguments), sparse, rtol=0, atol=TOLERANCE)
 
 
+def test_with_a_wide_context(benchmark):
+    dense = benchmark("dense_reference")
+    model = small_transfiner(context_scales=2)
+    context = model.incoherence_detector.context
+    assert context is not None
+    torch.nn.init.normal_(context.out.weight, std=0.2)
+    arguments = scene(model, 3)
+    sparse = dense.refine_sparsely(model, *arguments)
+    torch.nn.init.zeros_(context.out.weight)
+    assert not torch.equal(dense.refine_sparsely(model, *arguments), sparse)  # or else it was not looked at
+    torch.nn.init.normal_(context.out.weight, std=0.2, generator=torch.Generator().manual_seed(1))
+    sparse = dense.refine_sparsely(model, *arguments)
+    torch.testing.assert_close(dense.refine_densely(model, *arguments), sparse, rtol=0, atol=TOLERANCE)
+
+
 def test_groups_of_the_budget_change_nothing(benchmark):
     dense = benchmark("dense_reference")
     model = small_transfiner()
