@@ -166,7 +166,7 @@ def train(head: PixelHead, samples: Sample, steps: int, learning_rate: float, se
         schedule.step()
         averaged.update_parameters(head)
         if step % 50 == 0:
-            bar.set_postfix(loss=f"{float(loss):.4f}")
+            bar.set_postfix(loss=f"{loss.item():.4f}")
     head.load_state_dict(averaged.module.state_dict())
 
 
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--samples", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--count", type=int, default=16000)
-    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--steps", type=int, default=5800)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
