@@ -88,6 +88,7 @@ def watched(refiner: Refiner, clock: Clock):
         (type(network.sequence_encoder), "forward", "sequence encoder", None),
         (type(network.pixel_decoder), "forward", "pixel decoder", None),
         (transfiner, "propagate_corrections", "propagation", None),
+        (pipeline, "align", "pixel head", None),
         (pipeline, "crop_image", "cropping", lambda result, *_: 2 * result.numel() * result.element_size()),
         (pipeline, "crop_masks", "cropping", lambda result, *_: 2 * result.numel() * result.element_size()),
         (pipeline, "paste", "pasting", pasted),
@@ -113,6 +114,8 @@ def multiplications(refiner: Refiner, call: Callable[[], object]) -> dict[str, f
         "sequence encoder": "MaskTransfiner.sequence_encoder",
         "pixel decoder": "MaskTransfiner.pixel_decoder",
     }
+    if refiner.model.pixel_head is not None:
+        names["pixel head"] = "PixelHead"
     with FlopCounterMode(display=False) as counter:
         call()
     found = counter.get_flop_counts()

@@ -309,9 +309,10 @@ class Visitor:
             self.foreign.append(url)
 
     def message(self) -> str:
-        """The message that is shown, which is then closed."""
+        """The message that is shown, which is then closed: it fades, and must be gone before the next one is read."""
         text = self.tab.locator(".toast-body").first.inner_text()
         self.tab.locator(".toast-close").first.click()
+        self.tab.wait_for_selector(".toast-body", state="detached")
         return text
 
     def wait_for_new(self, selector: str, old: str | None) -> str:

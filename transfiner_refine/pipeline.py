@@ -225,7 +225,7 @@ class Pipeline:
             if job.image is None:  # features alone, and they come one job at a time
                 return output, None
             pixels.append(crop_image(job.image, job.rois[index], PIXEL_SIDE, samples=-1))
-        return align(head, torch.cat(pixels).to(self.dtype), output, coarse)
+        return align(head, torch.cat(pixels), output, coarse)
 
     def _gain(self, output: TransfinerOutput, coarse: Tensor) -> Tensor:
         """Predicted gains ``(R,)``; infinite where nothing predicts them, so that no refinement is refused."""

@@ -65,7 +65,8 @@ class PixelHead(nn.Module):
         """Align R masks with their pixels.
 
         Args:
-            pixels: ``(R, 3, P, P)`` float, RGB in [0, 1]; grey beyond the image.
+            pixels: ``(R, 3, P, P)`` float32, RGB in [0, 1]; grey beyond the image. Histograms and covariances need the
+                precision, whatever that of the weights is.
             probs: ``(R, S, S)`` float32 refined probabilities.
             coarse: ``(R, S, S)`` float32 coarse probabilities.
 
@@ -74,12 +75,11 @@ class PixelHead(nn.Module):
         """
         refined, before = enlarge(torch.stack([probs, coarse], dim=1)).unbind(dim=1)
         logits = torch.logit(refined.clamp(SATURATED, 1 - SATURATED))
-        pixels, dtype = pixels.float(), pixels.dtype  # histograms and covariances need the precision
         odds = colour_log_odds(pixels, refined)
         guided = guided_filter(pixels, refined, GUIDED_WINDOW, GUIDED_EPS)
         masks = torch.stack([logits / 4, 2 * before - 1, odds, 2 * guided - 1], dim=1)
         fours = F.pixel_unshuffle(torch.cat([4 * pixels - 2, masks], dim=1), 2)
-        x = torch.cat([fours, like_colours(pixels, refined)[:, None]], dim=1).to(dtype)
+        x = torch.cat([fours, like_colours(pixels, refined)[:, None]], dim=1).to(self.out.weight.dtype)
         x = x.contiguous(memory_format=torch.channels_last)
         maps = [self.stem(x)]
         for down in self.down:
@@ -113,7 +113,7 @@ def align(head: PixelHead, pixels: Tensor, output: TransfinerOutput, coarse: Ten
 
     Args:
         head: The pixel head.
-        pixels: ``(R, 3, P, P)`` float, RGB in [0, 1], RoI frame; grey beyond the image.
+        pixels: ``(R, 3, P, P)`` float32, RGB in [0, 1], RoI frame; grey beyond the image.
         output: The refinement of R RoIs.
         coarse: ``(R, S, S)`` float32 coarse probabilities at the finest level.
 
