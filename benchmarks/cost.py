@@ -39,12 +39,15 @@ from transfiner_refine.errors import MissingDependencyError, TransfinerError
 from transfiner_refine.functional.boxes import expand_boxes
 from transfiner_refine.functional.paste import crop_masks
 from transfiner_refine.modeling.model import RefinerModel
-from transfiner_refine.modeling.transfiner import above_threshold
+from transfiner_refine.modeling.transfiner import SelectNodes, above_threshold
+from transfiner_refine.types import LevelNodes
 
 COUNTS, SIZES = (1, 10, 100, 300), (640, 1200, 2048, 4096)
 QUICK_COUNTS, QUICK_SIZES = (1, 10), (640, 1200)
 COUNT_OF_SIZES = 10
 """Instances where the image size varies."""
+
+SELECT = above_threshold(0.5)
 
 WHOLE = 1e6
 """Surroundings that reach beyond any photo."""
@@ -166,11 +169,48 @@ class Network:
         self.rois = expand_boxes(scene.boxes, self.config.box_margin)
         self.coarse = crop_masks(scene.masks, self.rois, ROOT_SIDE << (self.config.depth - 1))
 
-    def __call__(self, refine: Callable[..., Tensor], count: int) -> Tensor:
+    def __call__(self, refine: Callable[..., Tensor], count: int, select: SelectNodes = SELECT) -> Tensor:
         """Refine the first ``count`` instances, sparsely or densely: ``(R, S, S)`` probabilities."""
         image = torch.zeros(count, dtype=torch.long)
         arguments = (self.features, self.rois[:count], image, self.coarse[:count])
-        return refine(self.model.transfiner, *arguments, self.config.depth, above_threshold(0.5))
+        return refine(self.model.transfiner, *arguments, self.config.depth, select)
+
+
+class NodeChoice:
+    """The nodes that one computation chose, for another to refine the same.
+
+    A node at the threshold is chosen by one computation and, within rounding, not by the next; what they then make of
+    it and of its neighbours can't be compared.
+
+    Args:
+        count: RoIs.
+        depth: Levels.
+
+    Attributes:
+        strayed: Nodes on whose choice the computations differ.
+    """
+
+    def __init__(self, count: int, depth: int):
+        self.strayed = 0
+        self._chosen = [torch.zeros((count, ROOT_SIDE << k, ROOT_SIDE << k), dtype=torch.bool) for k in range(depth)]
+
+    def selector(self, decides: bool) -> SelectNodes:
+        """Selects nodes in calls that go over the RoIs in order, by incoherence or, afterwards, the same again."""
+        start = after = 0  # the call's RoIs
+
+        def select(level: int, candidates: LevelNodes) -> Tensor:
+            nonlocal start, after
+            if level == 0:  # every cell is a candidate
+                start, after = after, after + len(candidates) // ROOT_SIDE**2
+            cells = self._chosen[level]
+            place = (start + candidates.roi, candidates.row, candidates.col)
+            keep = SELECT(level, candidates)
+            if decides:
+                cells[place] = keep
+            self.strayed += int((keep != cells[place]).sum())
+            return cells[place]
+
+        return select
 
 
 DENSE = {"dense, pooled together": refine_densely, "dense, pooled one by one": partial(refine_densely, at_once=1)}
@@ -178,19 +218,21 @@ DENSE = {"dense, pooled together": refine_densely, "dense, pooled one by one": p
 
 def network_costs(
     network: Network, counts: tuple[int, ...], repeats: int
-) -> tuple[dict[str, dict[int, Cost]], dict[str, float]]:
-    """Cost of the sparse and the dense network, and the largest difference of their results."""
+) -> tuple[dict[str, dict[int, Cost]], dict[str, tuple[float, int]]]:
+    """Cost of the sparse and the dense network; largest difference on the same nodes, and nodes chosen differently."""
     ways = {"sparse": refine_sparsely, **DENSE}
     costs: dict[str, dict[int, Cost]] = {name: {} for name in ways}
-    differences = dict.fromkeys(DENSE, 0.0)
+    differences: dict[str, tuple[float, int]] = {name: (0.0, 0) for name in DENSE}
     network(refine_sparsely, 1)
     for count in counts:
-        expected = network(refine_sparsely, count)
+        choice = NodeChoice(count, network.config.depth)
+        expected = network(refine_sparsely, count, choice.selector(decides=True))
         for name, refine in ways.items():
             costs[name][count] = cost_of(partial(network, refine, count), repeats)
         for name, refine in DENSE.items():
-            difference = float((network(refine, count) - expected).abs().max())
-            differences[name] = max(differences[name], difference)
+            choice.strayed = 0
+            difference = float((network(refine, count, choice.selector(decides=False)) - expected).abs().max())
+            differences[name] = (max(differences[name][0], difference), differences[name][1] + choice.strayed)
     return costs, differences
 
 
@@ -249,12 +291,15 @@ def main(
             network, deeper = Network(refiner, scene), Network(refiner, scene, deepened(refiner.model))
             costs, differences = network_costs(network, counts, repeats)
             console.print(report(f"The network on features at hand, {threads}", costs, "instances"))
-            for name, difference in differences.items():
-                console.print(f"{name}: largest difference of a probability {difference:.1e}")
+            for name, (difference, strayed) in differences.items():
+                console.print(
+                    f"{name}: largest difference of a probability {difference:.1e} on the same nodes; by itself it "
+                    f"chooses {strayed} otherwise"
+                )
             grown = ratios(network, deeper, min(100, max(counts)), repeats)
             console.print(", ".join(f"{name}: {value:.2f}×" for name, value in grown.items()))
             record["network"] = {name: as_json(row) for name, row in costs.items()}
-            record |= {"differences": differences, "growth": grown}
+            record |= {"differences": {name: value for name, (value, _) in differences.items()}, "growth": grown}
             del network, deeper
         if with_peers:
             methods = peer_methods(with_cascade, console)
