@@ -32,7 +32,7 @@ from transfiner_refine.data.augment import compose
 from transfiner_refine.data.crops import CROP_SIDE, CropDataset
 from transfiner_refine.data.object_cache import CropSource
 from transfiner_refine.modeling.model import RefinerModel
-from transfiner_refine.modeling.pixel_head import PIXEL_SIDE, PixelHead, enlarge
+from transfiner_refine.modeling.pixel_head import HEAD_SIDE, PixelHead, enlarge
 from transfiner_refine.modeling.transfiner import above_threshold
 from transfiner_refine.training.schedule import warming_average
 
@@ -49,13 +49,15 @@ GROUP = 16
 
 
 class Sample(NamedTuple):
-    """What the head is trained on; a batch has a leading dimension more, and S is the side of the finest level.
+    """What the head is trained on; a batch has a leading dimension more.
+
+    S is the side of the finest level, H that at which the head works.
 
     Attributes:
-        pixels: ``(3, P, P)`` uint8 RGB of the RoI.
+        pixels: ``(3, H, H)`` uint8 RGB of the RoI.
         probs: ``(S, S)`` uint8, refined probabilities · 255.
         coarse: ``(S, S)`` uint8, coarse probabilities · 255.
-        target: ``(P, P / 8)`` uint8, the ground truth in bits.
+        target: ``(H, H / 8)`` uint8, the ground truth in bits.
         weight: ``()`` uint8, weight · 100.
     """
 
@@ -73,16 +75,16 @@ class RoIPixels(CropDataset):
         draw = self.draw(index)
         crop, (coarse, target) = self.pixels(draw, draw.placed, CROP_SIDE), self.masks(draw)
         x0, y0, x1, y1 = draw.crop_roi
-        scale = PIXEL_SIDE / np.array([x1 - x0, y1 - y0])
+        scale = HEAD_SIDE / np.array([x1 - x0, y1 - y0])
         to_roi = np.column_stack([np.diag(scale), -scale * [x0, y0]])
-        pixels = self.pixels(draw, compose(to_roi, draw.placed), PIXEL_SIDE)
+        pixels = self.pixels(draw, compose(to_roi, draw.placed), HEAD_SIDE)
         roi = torch.from_numpy(draw.crop_roi).float()
         return crop, roi, coarse, target, pixels, torch.tensor(draw.weight)
 
 
 def open_samples(folder: Path, count: int, side: int) -> Sample:
     """The samples of a folder as arrays on disk, empty at first."""
-    shapes = [(3, PIXEL_SIDE, PIXEL_SIDE), (side, side), (side, side), (PIXEL_SIDE, PIXEL_SIDE // 8), ()]
+    shapes = [(3, HEAD_SIDE, HEAD_SIDE), (side, side), (side, side), (HEAD_SIDE, HEAD_SIDE // 8), ()]
     folder.mkdir(parents=True, exist_ok=True)
     return Sample(
         *(
@@ -125,7 +127,7 @@ def collect(model: RefinerModel, dataset: RoIPixels, samples: Sample, seed: int)
 
 
 def batch(samples: Sample, rng: np.random.Generator) -> tuple[Tensor, ...]:
-    """Pixels, refined and coarse probabilities, ground truth ``(R, P, P)`` float32 and weights; half are mirrored."""
+    """Pixels, refined and coarse probabilities, ground truth ``(R, H, H)`` float32 and weights; half are mirrored."""
     chosen = np.sort(rng.integers(len(samples.weight), size=GROUP))
     target = np.unpackbits(samples.target[chosen], axis=2)
     columns = [*(torch.from_numpy(x[chosen]).float() / 255 for x in samples[:3]), torch.from_numpy(target).float()]
@@ -135,11 +137,11 @@ def batch(samples: Sample, rng: np.random.Generator) -> tuple[Tensor, ...]:
 
 
 def pixel_weights(probs: Tensor) -> Tensor:
-    """How much each pixel counts, ``(R, P, P)``: most where the refined mask is in doubt or ends.
+    """How much each pixel counts, ``(R, H, H)``: most where the refined mask is in doubt or ends.
 
     It may not depend on the ground truth, or probabilities would lean towards change.
     """
-    refined = enlarge(probs[:, None])
+    refined = enlarge(probs[:, None], HEAD_SIDE)
     inside = (refined >= 0.5).float()
     band = F.max_pool2d(inside, BAND, 1, BAND // 2) + F.max_pool2d(-inside, BAND, 1, BAND // 2)
     return (ELSEWHERE + band + 4 * refined * (1 - refined))[:, 0]

@@ -136,6 +136,23 @@ def test_paste_keeps_the_detail_of_pixels_whose_label_is_not_refined():
     assert kept.all()
 
 
+def test_only_labels_that_refinement_moved_are_written():
+    """The cells that are looked at leave none out: against pasting all probabilities, new and old."""
+    generator = torch.Generator().manual_seed(2)
+    rois = torch.tensor([[3.3, 1.2, 50.7, 40.1], [-4.0, 10.0, 30.0, 61.5]])
+    before = torch.rand(2, 28, 28, generator=generator)
+    refined = torch.where(torch.rand(2, 28, 28, generator=generator) < 0.05, 1 - before, before)
+    masks = torch.rand(2, 48, 56, generator=generator) < 0.5
+    values = [torch.zeros(2, 48, 56) for _ in range(2)]
+    for probs, target in zip((refined, before), values, strict=True):
+        paste(probs, rois, target)
+    new, old = values
+    moved = ((new >= 0.5) != (old >= 0.5)) & ((new - old).abs() > paste_module.LEAST_CHANGE)
+    expected = torch.where(moved, new >= 0.5, masks)
+    paste(refined, rois, masks, before=before)
+    assert 100 < moved.sum() < 1000 and masks.equal(expected)
+
+
 @pytest.mark.parametrize("pixels", [1, 37, 1000])
 def test_groups_that_bound_memory_change_nothing(monkeypatch: pytest.MonkeyPatch, pixels: int):
     masks, generator = shapes()[:, ::4, ::4].contiguous(), torch.Generator().manual_seed(0)

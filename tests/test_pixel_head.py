@@ -27,7 +27,7 @@ from transfiner_refine.functional.edges import (
 from transfiner_refine.functional.paste import paste
 from transfiner_refine.inputs import boxes_from_masks
 from transfiner_refine.modeling.model import RefinerModel
-from transfiner_refine.modeling.pixel_head import PIXEL_SIDE, PixelHead, align, enlarge
+from transfiner_refine.modeling.pixel_head import HEAD_SIDE, PIXEL_SIDE, PixelHead, align, enlarge
 from transfiner_refine.modeling.transfiner import Detection, TransfinerOutput
 
 H, W = 240, 250
@@ -49,16 +49,17 @@ def smooth_photo(rois: int, side: int, seed: int = 0) -> Tensor:
     return torch.nn.functional.interpolate(noise, size=(side, side), mode="bicubic").clamp(0, 1)
 
 
-def test_guided_filter_against_opencv_sums():
-    """At the halved resolution, against covariances written out and numpy's solver."""
-    side, window, eps = 24, 5, 1e-3
+@pytest.mark.parametrize(("shrink", "window"), [(2, 5), (4, 3)])
+def test_guided_filter_against_opencv_sums(shrink: int, window: int):
+    """At a lower resolution, against covariances written out and numpy's solver."""
+    side, eps = 24, 1e-3
     pixels, mask = smooth_photo(2, side), torch.rand(2, side, side, generator=torch.Generator().manual_seed(1))
-    found = guided_filter(pixels, mask, window, eps)
-    half, cells = window // 2, side // 2
+    found = guided_filter(pixels, mask, window, eps, shrink)
+    half, cells = window // 2, side // shrink
     part = lambda i: slice(max(i - half, 0), i + half + 1)  # noqa: E731
     for one, photo, probs in zip(found, pixels.double().numpy(), mask.double().numpy(), strict=True):
-        guide = photo.reshape(3, side // 2, 2, side // 2, 2).mean(axis=(2, 4))
-        target = probs.reshape(side // 2, 2, side // 2, 2).mean(axis=(1, 3))
+        guide = photo.reshape(3, cells, shrink, cells, shrink).mean(axis=(2, 4))
+        target = probs.reshape(cells, shrink, cells, shrink).mean(axis=(1, 3))
         lines = np.zeros((4, cells, cells))
         for row in range(cells):
             for column in range(cells):
@@ -116,10 +117,25 @@ def test_an_untrained_head_changes_nothing():
     head = PixelHead((8, 12))
     generator = torch.Generator().manual_seed(0)
     probs = torch.rand(3, 56, 56, generator=generator) * 0.9 + 0.05
-    pixels, coarse = smooth_photo(3, PIXEL_SIDE), torch.rand(3, 56, 56, generator=generator)
+    pixels, coarse = smooth_photo(3, HEAD_SIDE), torch.rand(3, 56, 56, generator=generator)
     with torch.no_grad():
         logits = head(pixels, probs, coarse)
-    torch.testing.assert_close(torch.sigmoid(logits), enlarge(probs[:, None])[:, 0])
+    torch.testing.assert_close(torch.sigmoid(logits), enlarge(probs[:, None], HEAD_SIDE)[:, 0])
+
+
+def test_the_outline_follows_an_edge_finer_than_the_head_sees():
+    """An edge of the photo between two pixels of the network is found by the filter behind it."""
+    edge = 211  # of 448 pixels: within a pixel of the network's grid
+    pixels = torch.full((1, 3, PIXEL_SIDE, PIXEL_SIDE), 0.2)
+    pixels[..., edge:] = 0.8
+    probs = torch.zeros(1, 112, 112)
+    probs[..., 53:] = 1.0  # cells of four pixels: one off
+    detection = Detection(torch.zeros(1, 28, 28), (), (), torch.zeros(1, 1, 28, 28))
+    refined = TransfinerOutput(probs, torch.ones(1, 112, 112, dtype=torch.bool), detection, ())
+    with torch.no_grad():
+        _, aligned = align(PixelHead((8, 12)), pixels, refined, probs)
+    found = (aligned[0] >= 0.5).int().argmax(dim=1)
+    assert (found == edge).all()
 
 
 @pytest.mark.parametrize("side", [28, 56, 112, 224])

@@ -23,8 +23,8 @@ VOTE_COLOUR, VOTE_REACH = 10 / 255, 6.0
 """Deviations of its kernel in colour and in cells."""
 
 
-def guided_filter(pixels: Tensor, mask: Tensor, window: int, eps: float) -> Tensor:
-    """Filter masks with colour photos as guides, fitted at half of the resolution.
+def guided_filter(pixels: Tensor, mask: Tensor, window: int, eps: float, shrink: int = 2) -> Tensor:
+    """Filter masks with colour photos as guides, fitted at a fraction of the resolution.
 
     He, Sun, Tang, *Guided Image Filtering*, TPAMI 2013, Eq. 19 to 21: within each window the mask is fitted as a linear
     function of the colours. He, Sun, *Fast Guided Filter*, 2015: the coefficients are smooth and need no full
@@ -33,13 +33,16 @@ def guided_filter(pixels: Tensor, mask: Tensor, window: int, eps: float) -> Tens
     Args:
         pixels: ``(R, 3, P, P)`` float32.
         mask: ``(R, P, P)`` float32.
-        window: Odd side of the windows, in pixels of the halved photo.
+        window: Odd side of the windows, in pixels of the shrunken photo.
         eps: Penalty on the slopes, in squared intensities.
+        shrink: Divides the photo's side; the filter is fitted on what is left.
 
     Returns:
         ``(R, P, P)`` float32 in [0, 1].
     """
-    guide, target = F.avg_pool2d(pixels, 2), F.avg_pool2d(mask[:, None], 2)
+    guide, target = F.avg_pool2d(pixels, shrink), F.avg_pool2d(mask[:, None], shrink)
+    centre = guide.mean(dim=(2, 3), keepdim=True)
+    guide = guide - centre  # covariances of small numbers are exacter
     i, j = torch.triu_indices(3, 3)  # the six distinct products of two colours
     products = guide[:, i] * guide[:, j]
     moments = _window_mean(torch.cat([guide, target, products, guide * target], dim=1), window)
@@ -47,9 +50,9 @@ def guided_filter(pixels: Tensor, mask: Tensor, window: int, eps: float) -> Tens
     covariance = product_mean - guide_mean[:, i] * guide_mean[:, j]
     shared = joint_mean - guide_mean * target_mean
     slope = _solve(covariance, eps, shared)
-    offset = target_mean - (slope * guide_mean).sum(dim=1, keepdim=True)
+    offset = target_mean - (slope * (guide_mean + centre)).sum(dim=1, keepdim=True)
     lines = _window_mean(torch.cat([slope, offset], dim=1), window)
-    slope, offset = F.interpolate(lines, scale_factor=2.0, mode="bilinear").split([3, 1], dim=1)
+    slope, offset = F.interpolate(lines, size=pixels.shape[2:], mode="bilinear").split([3, 1], dim=1)
     return ((slope * pixels).sum(dim=1) + offset[:, 0]).clamp(0, 1)
 
 
@@ -116,10 +119,22 @@ def colour_log_odds(pixels: Tensor, probs: Tensor) -> Tensor:
 
 
 def _window_mean(maps: Tensor, window: int) -> Tensor:
-    """Mean over windows, of what of them lies within the maps."""
-    half = window // 2
-    rows = F.avg_pool2d(maps, (window, 1), 1, (half, 0), count_include_pad=False)
-    return F.avg_pool2d(rows, (1, window), 1, (0, half), count_include_pad=False)
+    """Mean over windows, of what of them lies within the maps ``(R, C, H, W)``."""
+    sums, counts = maps, maps.new_ones((1, 1, *maps.shape[2:]))
+    for axis in (2, 3):
+        sums, counts = _window_sum(sums, window, axis), _window_sum(counts, window, axis)
+    return sums / counts
+
+
+def _window_sum(maps: Tensor, window: int, axis: int) -> Tensor:
+    """Sum over windows along one axis. Pooling does the same, several times slower."""
+    half, size = window // 2, maps.shape[axis]
+    padding = (0, 0, half, half) if axis == 2 else (half, half)
+    padded = F.pad(maps, padding)
+    total = padded.narrow(axis, 0, size)
+    for start in range(1, window):
+        total = total + padded.narrow(axis, start, size)
+    return total
 
 
 def _solve(upper: Tensor, eps: float, right: Tensor) -> Tensor:

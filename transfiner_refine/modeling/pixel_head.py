@@ -3,9 +3,10 @@
 Not in the paper. Nodes see features of a stride of two pixels or more and decide cells of 112×112; what tells object
 from background in the last few pixels is colour. Classical methods that start from refined masks (a dense CRF, a guided
 filter, GrabCut) win there what the network leaves, so a small convolutional network learns the same from the photo's
-pixels, the refined probabilities, and a colour model of each object.
+pixels, the refined probabilities, and a colour model of each object. What it finds is filtered at last, guided by the
+photo at twice its resolution.
 
-R RoIs, S RoI side, P side of the pixel grid (``PIXEL_SIDE``).
+R RoIs, S RoI side, H side at which the network works (``HEAD_SIDE``), P side of the pixel grid (``PIXEL_SIDE``).
 """
 
 from __future__ import annotations
@@ -22,11 +23,17 @@ from transfiner_refine.config import ROOT_SIDE
 from transfiner_refine.functional.edges import colour_log_odds, guided_filter, like_colours
 from transfiner_refine.modeling.transfiner import TransfinerOutput
 
-PIXEL_SIDE = 224
+PIXEL_SIDE = 448
 """Side P of the grid on which a RoI's outline is aligned, whatever the depth of the quadtree."""
 
+HEAD_SIDE = PIXEL_SIDE // 2
+"""Side H at which the network works."""
+
 GUIDED_WINDOW, GUIDED_EPS = 7, 1e-4
-"""Window, in cells of half the pixel grid, and regularisation of the guided filter."""
+"""Window of the guided filter that the network is given, in pixels of half of its side, and regularisation."""
+
+LAST_WINDOW, LAST_SHRINK = 3, 4
+"""Window of the guided filter behind the network, in pixels of the grid shrunk so many times."""
 
 NEAR_CELLS = 2
 """Root cells from a node to which the outline may move."""
@@ -65,15 +72,15 @@ class PixelHead(nn.Module):
         """Align R masks with their pixels.
 
         Args:
-            pixels: ``(R, 3, P, P)`` float32, RGB in [0, 1]; grey beyond the image. Histograms and covariances need the
+            pixels: ``(R, 3, H, H)`` float32, RGB in [0, 1]; grey beyond the image. Histograms and covariances need the
                 precision, whatever that of the weights is.
             probs: ``(R, S, S)`` float32 refined probabilities.
             coarse: ``(R, S, S)`` float32 coarse probabilities.
 
         Returns:
-            ``(R, P, P)`` float32 logits.
+            ``(R, H, H)`` float32 logits.
         """
-        refined, before = enlarge(torch.stack([probs, coarse], dim=1)).unbind(dim=1)
+        refined, before = enlarge(torch.stack([probs, coarse], dim=1), HEAD_SIDE).unbind(dim=1)
         logits = torch.logit(refined.clamp(SATURATED, 1 - SATURATED))
         odds = colour_log_odds(pixels, refined)
         guided = guided_filter(pixels, refined, GUIDED_WINDOW, GUIDED_EPS)
@@ -103,9 +110,9 @@ def _block(width: int) -> nn.Sequential:
     return nn.Sequential(_convolution(width, width), nn.ReLU())
 
 
-def enlarge(maps: Tensor) -> Tensor:
-    """Interpolate ``(R, C, S, S)`` bilinearly to ``(R, C, P, P)``, as pasting does between cell centres."""
-    return F.interpolate(maps, size=(PIXEL_SIDE, PIXEL_SIDE), mode="bilinear")
+def enlarge(maps: Tensor, side: int = PIXEL_SIDE) -> Tensor:
+    """Interpolate ``(R, C, S, S)`` bilinearly to ``(R, C, side, side)``, as pasting does between cell centres."""
+    return F.interpolate(maps, size=(side, side), mode="bilinear")
 
 
 def align(head: PixelHead, pixels: Tensor, output: TransfinerOutput, coarse: Tensor) -> tuple[TransfinerOutput, Tensor]:
@@ -126,7 +133,9 @@ def align(head: PixelHead, pixels: Tensor, output: TransfinerOutput, coarse: Ten
     near = F.adaptive_max_pool2d(output.touched[:, None].float(), ROOT_SIDE)
     near = F.max_pool2d(near, 2 * NEAR_CELLS + 1, stride=1, padding=NEAR_CELLS)
     near_cells, near_pixels = (F.interpolate(near, size=(s, s), mode="nearest")[:, 0] > 0 for s in (side, PIXEL_SIDE))
-    aligned = torch.where(near_pixels, torch.sigmoid(head(pixels, output.probs, coarse)), refined)
+    found = torch.sigmoid(head(F.avg_pool2d(pixels, PIXEL_SIDE // HEAD_SIDE), output.probs, coarse))
+    found = guided_filter(pixels, enlarge(found[:, None])[:, 0], LAST_WINDOW, GUIDED_EPS, LAST_SHRINK)
+    aligned = torch.where(near_pixels, found, refined)
     correction = F.adaptive_avg_pool2d((aligned - refined)[:, None], side)[:, 0]
     probs = torch.where(near_cells, (output.probs + correction).clamp(0, 1), output.probs)
     return replace(output, probs=probs, touched=output.touched | near_cells), aligned
