@@ -9,14 +9,16 @@ from torch import Tensor
 
 from transfiner_refine import RefineOptions, Refiner
 from transfiner_refine.errors import InvalidInputError
-from transfiner_refine.modeling.gain import STATISTICS, refinement_statistics
+from transfiner_refine.modeling.gain import EDGE_STATISTICS, STATISTICS, edge_statistics, refinement_statistics
 from transfiner_refine.modeling.model import RefinerModel
+from transfiner_refine.modeling.pixel_head import PIXEL_SIDE
 from transfiner_refine.modeling.transfiner import Detection, TransfinerOutput
 from transfiner_refine.training.calibration import fit_gain, with_gain_predictor
 from transfiner_refine.types import LevelNodes
 
 FREE = RefineOptions(keep_if_iou_below=0.0, keep_if_gain_below=-1.0)
 H, W = 96, 120
+STATISTICS_WITH_EDGES = len(STATISTICS) + len(EDGE_STATISTICS)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,51 @@ def test_a_linear_gain_is_recovered(model: RefinerModel):
         fit_gain(fitted, statistics[:10], gains[:10])
     with pytest.raises(InvalidInputError, match="with_gain_predictor"):
         fit_gain(RefinerModel(encoder_config()), statistics, gains)
+
+
+def test_edges_of_the_photo_have_a_function_of_their_own():
+    """With the edge statistics both functions are fitted, the second to what the first cannot see."""
+    fitted = with_gain_predictor(eventful_model(encoder_config(pixel_widths=(8, 12))))
+    assert fitted.gain_predictor is not None
+    statistics = torch.randn(300, STATISTICS_WITH_EDGES, generator=torch.Generator().manual_seed(0))
+    gains = 0.01 * statistics[:, 0] + 0.02 * statistics[:, -1]
+    fit_gain(fitted, statistics, gains)
+    assert (fitted.gain_predictor(statistics) - gains).abs().max() < 3e-3
+    blind = fitted.gain_predictor(statistics[:, : len(STATISTICS)])
+    assert 0.01 < (blind - gains).std() < 0.03 and torch.corrcoef(torch.stack([blind, statistics[:, 0]]))[0, 1] > 0.95
+    with pytest.raises(InvalidInputError, match="10 or 14 statistics"):
+        fit_gain(fitted, statistics[:, :12], gains)
+    with pytest.raises(InvalidInputError, match="rows of 10 statistics"):
+        fit_gain(with_gain_predictor(eventful_model(encoder_config())), statistics, gains)
+
+
+def test_an_outline_on_an_edge_of_the_photo_is_told_from_one_beside_it():
+    pixels = torch.full((2, 3, PIXEL_SIDE, PIXEL_SIDE), 0.2)
+    pixels[..., 224:] = 0.8
+    coarse = torch.zeros(2, 112, 112)
+    coarse[0, :, 56:] = 1.0  # on the edge
+    coarse[1, :, 54:] = 1.0  # eight pixels beside it
+    aligned = torch.zeros(2, PIXEL_SIDE, PIXEL_SIDE)
+    aligned[..., 224:] = 1.0
+    found = dict(zip(EDGE_STATISTICS, edge_statistics(pixels, coarse, aligned).T, strict=True))
+    assert 10 * found["coarse_blur"][0] < found["coarse_blur"][1]
+    assert found["coarse_stray"].tolist() == [0.0, 0.5]  # half of the pixels beside an outline two pixels thick
+    torch.testing.assert_close(found["refined_blur"], found["coarse_blur"][[0, 0]])
+    assert not found["refined_stray"].any()
+    nothing = edge_statistics(pixels, torch.zeros_like(coarse), torch.zeros_like(aligned))
+    assert not nothing.any()
+
+
+def test_without_alignment_the_blind_function_predicts(masks: Tensor):
+    model = with_gain_predictor(eventful_model(encoder_config(pixel_widths=(8, 12))))
+    predictor, image = model.gain_predictor, random_image(H, W)
+    assert predictor is not None and predictor.edge_bias is not None
+    with torch.no_grad():
+        predictor.bias.fill_(0.25)
+        predictor.edge_bias.fill_(0.5)
+    for aligns, expected in ((True, 0.5), (False, 0.25)):
+        out = Refiner(model).refine(image, masks=masks, options=replace(FREE, align_pixels=aligns))
+        assert out.predicted_gain is not None and out.predicted_gain.tolist() == [expected] * 3
 
 
 def test_one_extreme_mask_does_not_decide_the_fit(model: RefinerModel):

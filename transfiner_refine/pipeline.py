@@ -19,7 +19,7 @@ from transfiner_refine.functional.crops import crop_image
 from transfiner_refine.functional.paste import crop_box_masks, crop_masks, paste
 from transfiner_refine.functional.sampling import FeatureTable, RoIPyramid
 from transfiner_refine.inputs import CoarseMasks
-from transfiner_refine.modeling.gain import refinement_statistics
+from transfiner_refine.modeling.gain import edge_statistics, refinement_statistics
 from transfiner_refine.modeling.model import RefinerModel
 from transfiner_refine.modeling.pixel_head import PIXEL_SIDE, align, enlarge
 from transfiner_refine.modeling.transfiner import TransfinerOutput, above_threshold
@@ -181,11 +181,11 @@ class Pipeline:
         for group in self._groups(jobs):
             coarse = torch.cat([self._coarse(job, index) for job, index in group])
             output = self.model.transfiner(self._features(group), coarse, self.depth, select, options.token_budget)
-            output, aligned = self._align(group, output, coarse)
+            output, aligned, pixels = self._align(group, output, coarse)
             # A coarse mask without a single cell has nothing to refine.
             present = coarse.amax(dim=(1, 2)) >= options.mask_threshold
             stray = _iou(output.probs, coarse, options.mask_threshold) < options.keep_if_iou_below
-            gain = self._gain(output, coarse)
+            gain = self._gain(output, coarse, pixels, aligned)
             keep = present & (stray | (gain < options.keep_if_gain_below))
             touched = output.touched & (present & ~keep)[:, None, None]
             probs = torch.where(touched, output.probs, coarse)
@@ -211,27 +211,35 @@ class Pipeline:
                 (job, index), *_ = group
                 job.found.append((index, output))
 
-    def _align(self, group: Group, output: TransfinerOutput, coarse: Tensor) -> tuple[TransfinerOutput, Tensor | None]:
+    def _align(
+        self, group: Group, output: TransfinerOutput, coarse: Tensor
+    ) -> tuple[TransfinerOutput, Tensor | None, Tensor | None]:
         """Move the outlines of a group onto the edges of its photos.
 
         Returns:
-            The refinement, and probabilities of pixels ``(n, P, P)``; None where nothing is aligned.
+            The refinement, probabilities of pixels ``(n, P, P)``, and the pixels ``(n, 3, P, P)``; None where nothing
+            is aligned.
         """
         head = self.model.pixel_head
         if head is None or not self.options.align_pixels or self.depth == 0:
-            return output, None
-        pixels = []
+            return output, None, None
+        crops = []
         for job, index in group:
             if job.image is None:  # features alone, and they come one job at a time
-                return output, None
-            pixels.append(crop_image(job.image, job.rois[index], PIXEL_SIDE, samples=-1))
-        return align(head, torch.cat(pixels), output, coarse)
+                return output, None, None
+            crops.append(crop_image(job.image, job.rois[index], PIXEL_SIDE, samples=-1))
+        pixels = torch.cat(crops)
+        return *align(head, pixels, output, coarse), pixels
 
-    def _gain(self, output: TransfinerOutput, coarse: Tensor) -> Tensor:
+    def _gain(self, output: TransfinerOutput, coarse: Tensor, pixels: Tensor | None, aligned: Tensor | None) -> Tensor:
         """Predicted gains ``(R,)``; infinite where nothing predicts them, so that no refinement is refused."""
         if self.model.gain_predictor is None or self.depth == 0:
             return coarse.new_full((coarse.shape[0],), torch.inf)
-        return self.model.gain_predictor(refinement_statistics(output, coarse, self.options.mask_threshold))
+        statistics = refinement_statistics(output, coarse, self.options.mask_threshold)
+        if pixels is not None and aligned is not None:
+            edges = edge_statistics(pixels, coarse, aligned, self.options.mask_threshold)
+            statistics = torch.cat([statistics, edges], dim=1)
+        return self.model.gain_predictor(statistics)
 
     def details(self, job: Job) -> RefineDetails:
         """Join the incoherence maps and quadtrees of a job's groups, renumbered to its instances."""

@@ -23,7 +23,7 @@ from transfiner_refine.functional.quadtree import (
     take_nodes,
 )
 from transfiner_refine.functional.sampling import RoIPyramid
-from transfiner_refine.modeling.gain import GainPredictor, refinement_statistics
+from transfiner_refine.modeling.gain import GainPredictor, edge_statistics, refinement_statistics
 from transfiner_refine.modeling.image_encoder import ImageEncoder
 from transfiner_refine.modeling.model import RefinerModel
 from transfiner_refine.modeling.pixel_head import PixelHead, align
@@ -133,8 +133,11 @@ class RefinerGraph(nn.Module):
         refined = output.probs[:count], output.touched[:count], *aligned
         if self.gain_predictor is None:
             return refined
-        statistics = refinement_statistics(output, spared, self.mask_threshold)
-        return *refined, self.gain_predictor(statistics)[:count]
+        statistics = refinement_statistics(output, spared, self.mask_threshold)[:count]
+        if aligned and roi_pixels is not None:
+            edges = edge_statistics(roi_pixels, coarse, aligned[0], self.mask_threshold)
+            statistics = torch.cat([statistics, edges], dim=1)
+        return *refined, self.gain_predictor(statistics)
 
     def _detect(self, roi_pyramid: RoIPyramid, coarse: Sequence[Tensor]) -> tuple[Detection, list[Tensor]]:
         """Find the nodes.

@@ -106,7 +106,12 @@ def dilate(mask: Tensor, radius: int = 1) -> Tensor:
     if radius == 0 or mask.numel() == 0:
         return mask
     size = 2 * radius + 1
-    return F.max_pool2d(mask[:, None].float(), size, stride=1, padding=radius)[:, 0].bool()
+    for axis, padding in ((1, (0, 0, radius, radius)), (2, (radius, radius))):
+        length, padded = mask.shape[axis], F.pad(mask, padding)
+        mask = padded.narrow(axis, 0, length)
+        for start in range(1, size):
+            mask = mask | padded.narrow(axis, start, length)
+    return mask
 
 
 def jitter(mask: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import roi_align
 
+from transfiner_refine.functional.incoherence import dilate
 from transfiner_refine.functional.sampling import bilinear_rows
 
 CROP_PIXELS = 1 << 24
@@ -96,7 +97,7 @@ def paste(
         return
     if before is not None:
         # What is interpolated changes no more than the cells around: most pixels need not be looked at.
-        moved = _dilate((probs - before).abs() > LEAST_CHANGE)
+        moved = dilate((probs - before).abs() > LEAST_CHANGE)
         where = moved if where is None else where & moved
     limit = rois.new_tensor([width, height]).repeat(2)
     # The first pixel centre at or right of an edge e is pixel ceil(e - 0.5).
@@ -139,13 +140,3 @@ def paste(
             value, target = value[changed[:, 0]], target[changed[:, 0]]
         flat[target] = value >= threshold if masks.dtype == torch.bool else value.to(masks.dtype)
         start = stop
-
-
-def _dilate(masks: Tensor) -> Tensor:
-    """Add the eight neighbours of each cell to masks ``(N, S, S)``."""
-    for axis in (1, 2):
-        wider, rest = masks.clone(), masks.shape[axis] - 1
-        wider.narrow(axis, 1, rest).logical_or_(masks.narrow(axis, 0, rest))
-        wider.narrow(axis, 0, rest).logical_or_(masks.narrow(axis, 1, rest))
-        masks = wider
-    return masks

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transfiner_refine.config import ROOT_SIDE
+from transfiner_refine.functional.edges import guided_filter
+from transfiner_refine.functional.incoherence import dilate
 from transfiner_refine.modeling.transfiner import TransfinerOutput
 
 STATISTICS = (
@@ -21,8 +23,14 @@ STATISTICS = (
 )
 """What :func:`refinement_statistics` returns, in this order."""
 
+EDGE_STATISTICS = ("coarse_blur", "coarse_stray", "refined_blur", "refined_stray")
+"""What :func:`edge_statistics` returns, in this order."""
+
 SMALLEST_CHANGE = 0.01
 """Share of the coarse mask below which an area is as good as none."""
+
+EDGE_WINDOW, EDGE_EPS = 7, 1e-4
+"""Window of the guided filter that tells how well an outline follows the photo, and its regularisation."""
 
 THICK_WINDOW, THICK_SHARE = 5, 0.6
 """A cell lies in a thick change if more than this share of the window of this many cells around it has changed."""
@@ -75,6 +83,33 @@ def refinement_statistics(output: TransfinerOutput, coarse: Tensor, mask_thresho
     ).float()
 
 
+def edge_statistics(pixels: Tensor, coarse: Tensor, aligned: Tensor, mask_threshold: float = 0.5) -> Tensor:
+    """Tell how well two outlines of each object follow the edges of the photo.
+
+    A guided filter moves and blurs a mask where its outline is not the photo's, and leaves it where it is. An outline
+    that was right to the pixel shows in this before anything is known of the refinement.
+
+    Args:
+        pixels: ``(R, 3, P, P)`` float32, RGB in [0, 1], RoI frame.
+        coarse: ``(R, S, S)`` float32 coarse probabilities.
+        aligned: ``(R, P, P)`` float32 refined probabilities.
+        mask_threshold: Probability from which a pixel belongs to the mask.
+
+    Returns:
+        ``(R, 4)`` float32, the columns of ``EDGE_STATISTICS``: how undecided the filtered mask is, and how many pixels
+        it labels otherwise, both summed and over the length of the outline; of the coarse and of the refined mask.
+    """
+    pixels, aligned = F.avg_pool2d(pixels, 2), F.avg_pool2d(aligned[:, None], 2)[:, 0]
+    before = F.interpolate(coarse[:, None], size=aligned.shape[1:], mode="bilinear")[:, 0]
+    found = []
+    for mask in (before >= mask_threshold, aligned >= mask_threshold):
+        length = (dilate(mask) & dilate(~mask)).sum(dim=(1, 2)).clamp(min=1)
+        filtered = guided_filter(pixels, mask.float(), EDGE_WINDOW, EDGE_EPS)
+        found.append((4 * filtered * (1 - filtered)).sum(dim=(1, 2)) / length)
+        found.append(((filtered >= 0.5) != mask).sum(dim=(1, 2)) / length)
+    return torch.stack(found, dim=1)
+
+
 def _lost(coarse: Tensor, side: int, threshold: float) -> Tensor:
     """Cells of ``(R, S, S)`` whose label is another once the mask has been through a grid of a smaller side: bool."""
     scale = coarse.shape[-1] // side
@@ -100,15 +135,30 @@ def _mean_by_roi(values: Tensor, roi: Tensor, count: int, empty: float) -> Tenso
 class GainPredictor(nn.Module):
     """Predicts the Boundary IoU that a refinement wins, by a linear function of its statistics.
 
-    It starts by predicting no gain and no loss. It has eleven numbers, so that a few dozen photos that training did not
+    It starts by predicting no gain and no loss. It has so few numbers that some dozens of photos that training did not
     see are enough to fit it; see :func:`transfiner_refine.training.calibration.fit_gain`.
+
+    Args:
+        sees_edges: Whether it has a second function, for refinements whose edge statistics are known.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sees_edges: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(len(STATISTICS)))
         self.bias = nn.Parameter(torch.zeros(1))
+        self.edge_weight: nn.Parameter | None = None
+        self.edge_bias: nn.Parameter | None = None
+        if sees_edges:
+            self.edge_weight = nn.Parameter(torch.zeros(len(STATISTICS) + len(EDGE_STATISTICS)))
+            self.edge_bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, statistics: Tensor) -> Tensor:
-        """Map statistics ``(R, 10)`` to predicted gains ``(R,)`` float32."""
-        return F.linear(statistics, self.weight[None].float(), self.bias.float())[:, 0]
+        """Map statistics to predicted gains ``(R,)`` float32.
+
+        Args:
+            statistics: ``(R, 10)``, or ``(R, 14)`` with the edge statistics after them.
+        """
+        weight, bias = self.weight, self.bias
+        if self.edge_weight is not None and self.edge_bias is not None and statistics.shape[1] > len(STATISTICS):
+            weight, bias = self.edge_weight, self.edge_bias
+        return F.linear(statistics[:, : len(weight)], weight[None].float(), bias.float())[:, 0]

@@ -39,4 +39,4 @@ class RefinerModel(nn.Module):
             self.image_encoder = ImageEncoder(config.feature_channels, config.backbone)
         self.transfiner = MaskTransfiner(config)
         self.pixel_head = PixelHead(config.pixel_widths) if config.pixel_widths else None
-        self.gain_predictor = GainPredictor() if config.predicts_gain else None
+        self.gain_predictor = GainPredictor(sees_edges=self.pixel_head is not None) if config.predicts_gain else None

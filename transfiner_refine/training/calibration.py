@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from transfiner_refine.errors import InvalidInputError
-from transfiner_refine.modeling.gain import STATISTICS
 from transfiner_refine.modeling.model import RefinerModel
 
 LARGEST_GAIN = 0.1
@@ -69,7 +68,9 @@ def fit_gain(model: RefinerModel, statistics: Tensor, gains: Tensor, weights: Te
     Args:
         model: A model with a gain predictor, which is changed in place.
         statistics: ``(N, 10)`` float, :func:`~transfiner_refine.modeling.gain.refinement_statistics` of N refinements
-            of objects that training did not see.
+            of objects that training did not see, or ``(N, 14)`` with their
+            :func:`~transfiner_refine.modeling.gain.edge_statistics` behind them: then both functions of the predictor
+            are fitted.
         gains: ``(N,)`` float, the Boundary IoU that each of them won.
         weights: ``(N,)`` float above 0, how much each counts; None counts all the same.
 
@@ -79,20 +80,30 @@ def fit_gain(model: RefinerModel, statistics: Tensor, gains: Tensor, weights: Te
     predictor = model.gain_predictor
     if predictor is None:
         raise InvalidInputError("expected a model with a gain predictor, got one without: use with_gain_predictor")
-    if statistics.shape != (len(gains), len(STATISTICS)) or len(gains) <= len(STATISTICS):
+    functions = [(predictor.weight, predictor.bias), (predictor.edge_weight, predictor.edge_bias)]
+    widths = [len(weight) for weight, _ in functions if weight is not None]
+    width = statistics.shape[1] if statistics.ndim == 2 else 0
+    if width not in widths or len(statistics) != len(gains) or len(gains) <= width:
         raise InvalidInputError(
-            f"expected more than {len(STATISTICS)} rows of {len(STATISTICS)} statistics, one for each gain, got "
-            f"{tuple(statistics.shape)} statistics and {len(gains)} gains: calibrate on more objects"
+            f"expected more than {max(width, min(widths))} rows of {' or '.join(map(str, widths))} statistics, one for "
+            f"each gain, got {tuple(statistics.shape)} statistics and {len(gains)} gains: calibrate on more objects"
         )
-    x, y = statistics.double(), gains.double().clamp(-LARGEST_GAIN, LARGEST_GAIN)
-    share = torch.ones_like(y) if weights is None else weights.double()
-    share = share / share.sum()
+    share = torch.ones_like(gains, dtype=torch.float64) if weights is None else weights.double()
+    for weight, bias in functions:
+        if weight is not None and bias is not None and len(weight) <= width:
+            slopes, offset = _ridge(statistics[:, : len(weight)].double(), gains.double(), share / share.sum())
+            with torch.no_grad():
+                weight.copy_(slopes)
+                bias.copy_(offset[None])
+
+
+def _ridge(x: Tensor, gains: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Slopes ``(K,)`` and offset of gains ``(N,)`` by statistics ``(N, K)``, with weights ``(N,)`` that sum to 1."""
+    y = gains.clamp(-LARGEST_GAIN, LARGEST_GAIN)
     mean, centre = share @ x, share @ y
     deviation = (share @ (x - mean) ** 2).sqrt().clamp(min=1e-6)
     z = (x - mean) / deviation
-    penalty = RIDGE * torch.eye(len(STATISTICS), dtype=torch.float64, device=z.device)
-    weighted = z.T * share  # (10, N)
-    weight = torch.linalg.solve(weighted @ z + penalty, weighted @ (y - centre)) / deviation
-    with torch.no_grad():
-        predictor.weight.copy_(weight)
-        predictor.bias.copy_((centre - weight @ mean)[None])
+    penalty = RIDGE * torch.eye(x.shape[1], dtype=torch.float64, device=z.device)
+    weighted = z.T * share  # (K, N)
+    slopes = torch.linalg.solve(weighted @ z + penalty, weighted @ (y - centre)) / deviation
+    return slopes, centre - slopes @ mean

@@ -99,9 +99,9 @@ class _Judged(NamedTuple):
 
     Attributes:
         scores: ``(N, 4)``, in the order of ``figures_from_scores``.
-        statistics: ``(N, 10)`` of their refinements, or ``(0, 10)`` if no gain is predicted.
+        statistics: ``(N, 10)`` or ``(N, 14)`` of their refinements, or ``(0, 10)`` if no gain is predicted.
         exact_gains: ``(M,)``, Boundary IoU that refining ground truth in their place wins; none if none is predicted.
-        exact_statistics: ``(M, 10)`` of those refinements.
+        exact_statistics: ``(M, 10)`` or ``(M, 14)`` of those refinements.
         cells: Of each quadtree level.
     """
 
@@ -161,7 +161,7 @@ class Validation:
             is_exact = torch.arange(len(gains)) >= len(scores)
             predicted = _predicted_gains(
                 refiner.model,
-                torch.cat([*statistics, *exact_statistics]),
+                _joined([*statistics, *exact_statistics]),
                 torch.from_numpy(gains),
                 torch.tensor(photo),
                 torch.where(is_exact, EXACT_WEIGHT, 1.0),
@@ -199,16 +199,21 @@ class Validation:
     def _refine(
         self, refiner: Refiner, pixels: Tensor, boxes: np.ndarray | Tensor, masks: np.ndarray
     ) -> tuple[Instances, Tensor]:
-        """Refine masks of a photo, with their statistics ``(N, 10)``, or ``(0, 10)`` if no gain is predicted."""
+        """Refine masks of a photo, with their statistics ``(N, 10)`` or ``(N, 14)``; none if no gain is predicted."""
         options = replace(self.options, keep_if_gain_below=-1.0)
         with _statistics(refiner.model) as rows:
             out = refiner.refine(pixels, boxes=boxes, masks=masks, options=options).to("cpu")
-        return out, torch.cat([torch.zeros(0, len(STATISTICS)), *rows])
+        return out, _joined(rows)
+
+
+def _joined(rows: Sequence[Tensor]) -> Tensor:
+    """Join rows of statistics; those of no refinement do not say how many columns there are."""
+    return torch.cat([x for x in rows if len(x)] or [torch.zeros(0, len(STATISTICS))])
 
 
 @contextmanager
 def _statistics(model: RefinerModel) -> Iterator[list[Tensor]]:
-    """Collect what the gain predictor is asked about, ``(n, 6)`` for each group of refinements."""
+    """Collect what the gain predictor is asked about, for each group of refinements."""
     rows: list[Tensor] = []
     if model.gain_predictor is None:
         yield rows
@@ -227,7 +232,7 @@ def _predicted_gains(
 
     Args:
         model: Its predictor is changed in place.
-        statistics: ``(N, 10)``.
+        statistics: ``(N, 10)`` or ``(N, 14)``.
         gains: ``(N,)``, what each refinement won.
         photo: ``(N,)`` int64, the photo of each.
         weights: ``(N,)``, how much each counts; None counts all the same.
