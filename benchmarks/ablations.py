@@ -4,7 +4,8 @@
     python benchmarks/ablations.py runs/ablations --cache runs/cache --steps 150 --only cues --only network
 
 All variants share the embedded model's image encoder and, but for *guidance*, its incoherence detector, which stay as
-they are. What corrects the nodes starts anew in each. The folder keeps what was trained and ``figures.json``, from
+they are. What corrects the nodes starts anew in each; its attention has the paper's key for each node, but where a row
+says otherwise. The folder keeps what was trained and ``figures.json``, from
 which an interrupted command goes on.
 """
 
@@ -98,6 +99,7 @@ TABLES: dict[str, dict[str, Variant]] = {
         "transformer, 28×28": Variant("transformer_28"),
         "transformer, 56×56": Variant("transformer_56"),
         "quadtree, 112×112": OURS,
+        "quadtree, one key for each tree": Variant(overrides={"tree_keys": True}),
     },
     "levels": {
         "each level by itself": Variant(overrides={"joint_levels": False}),
@@ -150,7 +152,8 @@ def make(variant: Variant, seed: int) -> RefinerModel:
     """The model of a variant, with its new weights drawn."""
     torch.manual_seed(seed)
     fresh = (*ANEW, DETECTOR) if variant.fresh_detector else ANEW
-    return with_network(load_refiner().model, variant.network, fresh, **variant.overrides)
+    overrides = {"tree_keys": False} | variant.overrides
+    return with_network(load_refiner().model, variant.network, fresh, **overrides)
 
 
 def train_variant(variant: Variant, folder: Path, data: Path, cache: Path, budget: Budget) -> Path:

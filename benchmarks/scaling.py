@@ -160,8 +160,8 @@ def measure_memory(model: str | None, count: int, token_budget: int, threads: in
 
     held = {"tokens": 0, "instances": 0}
 
-    def watch(module: nn.Module, args: tuple[Tensor, Tensor, int], output: Tensor) -> None:
-        _, sequence, sequences = args
+    def watch(module: nn.Module, args: tuple[Tensor, Tensor, int, Tensor | None], output: Tensor) -> None:
+        _, sequence, sequences = args[:3]
         longest = int(torch.bincount(sequence, minlength=sequences).max()) if len(sequence) else 0
         held["tokens"] = max(held["tokens"], sequences * longest)
         held["instances"] = max(held["instances"], sequences)

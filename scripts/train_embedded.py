@@ -101,6 +101,14 @@ def with_context(model: RefinerModel, scales: int) -> RefinerModel:
     return wider
 
 
+def with_tree_keys(model: RefinerModel) -> RefinerModel:
+    """The same weights with one key of attention for each tree; gains have to be calibrated anew."""
+    changed = RefinerModel(replace(model.config, tree_keys=True, predicts_gain=False))
+    weights = model.state_dict()
+    changed.load_state_dict({name: weights[name] for name in changed.state_dict()})
+    return changed
+
+
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -112,6 +120,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--decay", type=float, default=0.3)
     parser.add_argument("--frozen-stages", type=int, default=5)
+    parser.add_argument("--frozen-detector", action="store_true", help="keep the nodes of the model of --init")
     parser.add_argument("--validate-every", type=int, default=500)
     parser.add_argument("--cross-entropy", type=float, default=0.5)
     parser.add_argument("--workers", type=int, default=1)
@@ -121,6 +130,7 @@ def main() -> None:
     parser.add_argument("--backbone-scale", type=float, default=0.1)
     parser.add_argument("--init", type=Path, help="start from this refiner instead of ImageNet weights")
     parser.add_argument("--context-scales", type=int, help="wide context to add to the model of --init")
+    parser.add_argument("--tree-keys", action="store_true", help="one key of attention for each tree")
     parser.add_argument("--network", choices=sorted(NETWORKS), help="train a baseline with this network instead")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -155,6 +165,8 @@ def main() -> None:
         model = RefinerModel(EMBEDDED)
         assert model.image_encoder is not None
         model.image_encoder.backbone.load_state_dict(imagenet_weights())
+    if args.tree_keys:
+        model = with_tree_keys(model)
     if args.network:
         model = with_network(model, args.network)
     model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -165,6 +177,7 @@ def main() -> None:
         decay=args.decay,
         backbone_scale=args.backbone_scale,
         frozen_stages=args.frozen_stages,
+        frozen_detector=args.frozen_detector,
         validate_every=args.validate_every,
         workers=args.workers,
     )

@@ -5,7 +5,7 @@ vectors. Nothing is flattened, grouped or gathered. It shares configuration and 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -265,8 +265,11 @@ def attend(queries: Sequence[Array], keys: Sequence[Array], values: Sequence[Arr
     return results
 
 
-def encode(network: Network, sequence: Sequence[Array]) -> list[Array]:
-    """All layers of the sequence encoder on one sequence: attention and feed-forward, each behind a layer norm."""
+def encode(network: Network, sequence: Sequence[Array], together: Sequence[Hashable] | None = None) -> list[Array]:
+    """All layers of the sequence encoder on one sequence: attention and feed-forward, each behind a layer norm.
+
+    The keys and values of tokens with the same label in ``together`` are replaced by their mean, as one key.
+    """
     tokens, channels, heads = list(sequence), network.settings.channels, network.settings.heads
     width = channels // heads
     for layer in range(network.settings.layers):
@@ -275,12 +278,23 @@ def encode(network: Network, sequence: Sequence[Array]) -> list[Array]:
         per_head = []
         for head in range(heads):
             q, k, v = (part * channels + head * width for part in range(3))
-            per_head.append(attend(*([one[first : first + width] for one in qkv] for first in (q, k, v))))
+            queries, keys, values = ([one[first : first + width] for one in qkv] for first in (q, k, v))
+            if together is not None:
+                keys, values = shared(keys, together), shared(values, together)
+            per_head.append(attend(queries, keys, values))
         for i, one in enumerate(tokens):
             one = one + network.linear(f"{name}.project", np.concatenate([results[i] for results in per_head]))
             hidden = relu(network.linear(f"{name}.ffn.0", network.norm(f"{name}.norm_ffn", one)))
             tokens[i] = one + network.linear(f"{name}.ffn.2", hidden)
     return [network.norm("sequence_encoder.norm", one) for one in tokens]
+
+
+def shared(vectors: Sequence[Array], together: Sequence[Hashable]) -> list[Array]:
+    """The mean of the vectors of each label."""
+    members: dict[Hashable, list[Array]] = {}
+    for vector, label in zip(vectors, together, strict=True):
+        members.setdefault(label, []).append(vector)
+    return [np.mean(vectors, axis=0) for vectors in members.values()]
 
 
 def coarse_logit(prob: float) -> float:
@@ -314,7 +328,11 @@ def refine_nodes(scene: Scene, network: Network, found: Detected, coarse: Sequen
                 token(scene, network, found, float(coarse[level][cell]), cell, ROOT_SIDE * 2**level, level)
                 for level, cell in members
             ]
-            for (level, cell), encoded in zip(members, encode(network, tokens + grid), strict=False):
+            labels = None
+            if network.settings.tree_keys:
+                labels = [("tree", row >> level, col >> level) for level, (_, row, col) in members]
+                labels += [("grid", row // 2, col // 2) for row, col in np.ndindex(REFERENCE_SIDE, REFERENCE_SIDE)]
+            for (level, cell), encoded in zip(members, encode(network, tokens + grid, labels), strict=False):
                 refined[level][cell] = decode(network, encoded, float(coarse[level][cell]))
     return refined
 

@@ -36,14 +36,20 @@ def scene() -> dict:
     }
 
 
+@pytest.mark.parametrize("tree_keys", [True, False])
 @pytest.mark.parametrize("joint", [True, False])
 @pytest.mark.parametrize("layer", [0, -1])
-def test_weights_are_those_of_the_layer(scene: dict, joint: bool, layer: int):
+def test_weights_are_those_of_the_layer(scene: dict, tree_keys: bool, joint: bool, layer: int):
     """With one head, what the layer handed on for the node is the mean of the values under just these weights."""
-    refiner = refiner_of(heads=1, joint_levels=joint)
+    refiner = refiner_of(heads=1, joint_levels=joint, tree_keys=tree_keys)
     watched = refiner.model.transfiner.sequence_encoder.layers[layer]
     values, handed_on = [], []
-    watched.get_submodule("qkv").register_forward_hook(lambda module, given, out: values.append(out[0].chunk(3, 1)[2]))
+    qkv = watched.get_submodule("qkv")
+
+    def keep_values(module: torch.nn.Module, given: tuple[torch.Tensor], out: torch.Tensor) -> None:
+        values.append(torch.nn.functional.linear(out[0], qkv.weight, qkv.bias).chunk(3, 1)[2])  # pyright: ignore
+
+    watched.get_submodule("norm_attention").register_forward_hook(keep_values)
     watched.get_submodule("project").register_forward_hook(lambda module, given, out: handed_on.append(given[0][0]))
     found = node_attention(refiner, **scene, point=(90.0, 70.0), layer=layer, options=OPTIONS)
     place = found.place
@@ -52,7 +58,8 @@ def test_weights_are_those_of_the_layer(scene: dict, joint: bool, layer: int):
     weights = torch.cat([found.reference.flatten(), *(found.nodes[level] for level in levels)])
     before = sum(len(found.quadtree[level]) for level in levels if level < place.level)
     row = REFERENCE_SIDE**2 + before + place.index
-    torch.testing.assert_close(weights @ values[call], handed_on[call][row], rtol=1e-4, atol=1e-5)
+    # Each call of the layer is seen twice: it makes its queries and keys once more for the weights.
+    torch.testing.assert_close(weights @ values[2 * call], handed_on[call][row], rtol=1e-4, atol=1e-5)
     assert [len(part) for part in found.nodes] == [len(nodes) for nodes in found.quadtree]
 
 

@@ -161,6 +161,8 @@ def test_without_a_node_the_coarse_mask_comes_back(exported: Path, tmp_path: Pat
 VARIANTS = {
     "paper": {"node_cues": ("fine", "coarse", "context", "position"), "decoder": "label", "level_embedding": False},
     "levels apart": {"joint_levels": False},
+    "keys of trees": {"tree_keys": True},
+    "keys of trees, levels apart": {"tree_keys": True, "joint_levels": False},
     "no guidance": {"lower_level_guidance": False, "node_cues": ("fine", "coarse")},
     "no propagation": {"propagate": False},
 }

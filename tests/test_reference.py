@@ -134,6 +134,8 @@ RUNS = {
     "paper, other numbers": {"seed": 1},
     "residual": {"seed": 2, "decoder": "residual"},
     "level by level": {"seed": 3, "joint_levels": False},
+    "keys of trees": {"seed": 9, "tree_keys": True},
+    "keys of trees, level by level": {"seed": 10, "tree_keys": True, "joint_levels": False},
     "no propagation": {"seed": 4, "propagate": False},
     "residual, no propagation": {"seed": 5, "decoder": "residual", "propagate": False},
     "no guidance between levels": {"seed": 6, "lower_level_guidance": False},
@@ -337,15 +339,18 @@ def test_node_tokens(generator: torch.Generator, cues: tuple[str, ...], level_em
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])
-def test_encoded_sequences_of_unequal_length(generator: torch.Generator, heads: int):
+@pytest.mark.parametrize("share", [False, True])
+def test_encoded_sequences_of_unequal_length(generator: torch.Generator, heads: int, share: bool):
     model = random_model(generator, heads=heads)
     sequence = torch.arange(4).repeat_interleave(torch.tensor([1, 30, 7, 18]))
     sequence = sequence[torch.randperm(len(sequence), generator=generator)]
     tokens = uniform(generator, len(sequence), 8) * 4 - 2
-    encoded = model.sequence_encoder(tokens, sequence, 4)
+    key = torch.randint(9, sequence.shape, generator=generator) if share else None
+    encoded = model.sequence_encoder(tokens, sequence, 4, key)
     for index in range(4):
         members = sequence == index
-        agree(encoded[members], reference.encode(network_of(model), list(tokens[members].numpy())), EXACT)
+        together = None if key is None else key[members].tolist()
+        agree(encoded[members], reference.encode(network_of(model), list(tokens[members].numpy()), together), EXACT)
 
 
 @pytest.mark.parametrize("decoder", ["label", "residual"])

@@ -17,6 +17,7 @@ from small_models import (
     small_transfiner,
 )
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from transfiner_refine.config import REFERENCE_SIDE, ROOT_SIDE
 from transfiner_refine.errors import InvalidInputError
@@ -35,15 +36,17 @@ def assert_same(a: TransfinerOutput, b: TransfinerOutput) -> None:
 
 
 class TestSequences:
+    @pytest.mark.parametrize("tree_keys", [True, False])
     @pytest.mark.parametrize("joint_levels", [True, False])
     @pytest.mark.parametrize("token_budget", [1, 700])
-    def test_token_budget_cannot_change_a_result(self, token_budget: int, joint_levels: bool):
-        model = small_transfiner(joint_levels=joint_levels)
+    def test_token_budget_cannot_change_a_result(self, token_budget: int, joint_levels: bool, tree_keys: bool):
+        model = small_transfiner(joint_levels=joint_levels, tree_keys=tree_keys)
         assert_same(refine(model, token_budget=token_budget), refine(model))
 
-    def test_padding_cannot_change_a_result(self):
+    @pytest.mark.parametrize("tree_keys", [True, False])
+    def test_padding_cannot_change_a_result(self, tree_keys: bool):
         """Sequences of 199 and of 1,996 tokens: alone, and padded to the longest one's length."""
-        model = small_transfiner()
+        model = small_transfiner(tree_keys=tree_keys)
         select = only_first([1, 600, 7])
         together = refine(model, CIRCLES[:3], select)
         assert [len(level) for level in together.detection.quadtree] == [608, 608, 608]
@@ -254,6 +257,20 @@ class TestCost:
             "encoded": references + sum(nodes),
             "attended": references + sum(nodes),
         }
+
+    def test_attention_to_trees_grows_with_the_nodes_and_not_with_their_square(self):
+        """Twice the nodes in as many trees: the multiplications beyond those of the reference tokens double."""
+
+        def attention(tokens: int, tree_keys: bool) -> int:
+            encoder = SequenceEncoder(small_config(tree_keys=tree_keys))
+            key = torch.arange(tokens) % 100 if tree_keys else None
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                encoder(torch.randn(tokens, 16), torch.zeros(tokens, dtype=torch.long), 1, key)
+            return sum(counter.get_flop_counts()["Global"].values())
+
+        for tree_keys, growth in ((True, 2.0), (False, 3.9)):
+            once, twice = attention(2000, tree_keys), attention(4000, tree_keys)
+            assert twice / once == pytest.approx(growth, rel=0.05)
 
     def test_a_large_object_costs_what_a_small_one_does(self):
         model = small_transfiner()

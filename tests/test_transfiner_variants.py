@@ -123,10 +123,11 @@ class TestVariants:
         assert logits.abs().max() == 3 and logits[2] == 0
         torch.testing.assert_close(logits[1].sigmoid(), torch.tensor(0.2))
 
-    def test_bfloat16_is_close(self):
-        model = small_transfiner()
+    @pytest.mark.parametrize("tree_keys", [False, True])
+    def test_bfloat16_is_close(self, tree_keys: bool):
+        model = small_transfiner(tree_keys=tree_keys)
         roi_pyramid, coarse = roi_scene(model, CIRCLES)
-        half = small_transfiner().to(torch.bfloat16)
+        half = small_transfiner(tree_keys=tree_keys).to(torch.bfloat16)
         half_pyramid, _ = roi_scene(half, CIRCLES, pyramid=random_pyramid(256, 256).to(dtype=torch.bfloat16))
         chosen = {}
 
@@ -144,7 +145,15 @@ class TestVariants:
 
 
 @pytest.mark.parametrize(
-    "change", [{}, {"decoder": "label"}, {"joint_levels": False}, {"depth": 1}, {"lower_level_guidance": False}]
+    "change",
+    [
+        {},
+        {"decoder": "label"},
+        {"joint_levels": False},
+        {"tree_keys": True},
+        {"depth": 1},
+        {"lower_level_guidance": False},
+    ],
 )
 def test_gradient_reaches_every_parameter(change: dict):
     torch.manual_seed(0)

@@ -1,7 +1,8 @@
 """What one node of the quadtree looked at: the attention of its query to all tokens of its sequence.
 
 The weights are those of a layer of the sequence encoder (Mask Transfiner, Sec. 3.3), averaged over the heads. They are
-computed from the queries and keys that the layer itself made in a refinement: nothing of the network is repeated here.
+computed by the layer's own queries and keys, from what it was given in a refinement: nothing of the network is repeated
+here.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from transfiner_refine.canvas import INK, PAPER, Picture, grey, mixed, ramp, res
 from transfiner_refine.config import REFERENCE_SIDE, RefineOptions
 from transfiner_refine.errors import InvalidInputError
 from transfiner_refine.functional.quadtree import grid_nodes
+from transfiner_refine.modeling.transfiner import SequenceLayer, SharedKeys
 from transfiner_refine.refiner import Refiner
 from transfiner_refine.types import Instances, LevelNodes
 from transfiner_refine.visualize import check_photo, node_boxes
@@ -44,7 +46,7 @@ class NodeAttention:
         layer: The layer of the sequence encoder, counted from 0.
         reference: ``(14, 14)`` float32, weights of the coarse reference tokens, which tile the RoI.
         nodes: Weights of each level's nodes, ``(K_l,)`` float32, coarsest level first; zeros for a level that is not in
-            the node's sequence.
+            the node's sequence. Tokens that share a key have equal parts of its weight.
         quadtree: The nodes of each level, of this one instance.
         roi: ``(4,)`` float32 xyxy, image pixels: where reference grid and quadtree lie.
     """
@@ -119,12 +121,13 @@ def node_attention(
     if not -count <= layer < count:
         raise InvalidInputError(f"expected a layer from 0 to {count - 1}, the model's last, got {layer}")
     watched = encoder_layers[layer]
+    assert isinstance(watched, SequenceLayer)
     made: list[Tensor] = []
 
-    def keep(module: torch.nn.Module, given: tuple[Tensor], output: Tensor) -> None:
-        made.append(output)
+    def keep(module: torch.nn.Module, given: tuple[Tensor, Tensor | None, SharedKeys | None]) -> None:
+        made.append(_weights(watched, *given))
 
-    handle = watched.get_submodule("qkv").register_forward_hook(keep)
+    handle = watched.register_forward_pre_hook(keep)
     try:
         refined = refiner.refine(
             image,
@@ -140,19 +143,28 @@ def node_attention(
     # One instance is one sequence: the reference tokens, then the nodes level by level; or one such for each level.
     levels = [level for level, nodes in enumerate(quadtree) if len(nodes)]
     if refiner.config.joint_levels:
-        (qkv,), lengths = made, [len(nodes) for nodes in quadtree]
+        (weights,), lengths = made, [len(nodes) for nodes in quadtree]
     else:
-        qkv = made[levels.index(place.level)]
+        weights = made[levels.index(place.level)]
         lengths = [len(nodes) if level == place.level else 0 for level, nodes in enumerate(quadtree)]
-    q, k, _ = qkv.float().reshape(-1, 3, refiner.config.heads, qkv.shape[-1] // 3 // refiner.config.heads).unbind(1)
-    query = q[REFERENCE_SIDE**2 + sum(lengths[: place.level]) + place.index]  # (h, C/h)
-    weights = torch.softmax(torch.einsum("hc,thc->ht", query, k) / query.shape[1] ** 0.5, dim=1).mean(dim=0)  # (T,)
+    weights = weights[REFERENCE_SIDE**2 + sum(lengths[: place.level]) + place.index]  # (T,)
     reference, *parts = weights.split([REFERENCE_SIDE**2, *lengths])
     nodes = tuple(
         part if len(part) else part.new_zeros(len(level)) for part, level in zip(parts, quadtree, strict=True)
     )
     grid = reference.reshape(REFERENCE_SIDE, REFERENCE_SIDE)
     return NodeAttention(place, layer % count, grid, nodes, quadtree, refined.rois[0])
+
+
+def _weights(layer: SequenceLayer, tokens: Tensor, mask: Tensor | None, keys: SharedKeys | None) -> Tensor:
+    """Attention of each token of one sequence to each, the mean over the heads: ``(T, T)`` float32, rows sum to 1."""
+    with torch.no_grad():
+        q, k, _ = layer.queries_keys_values(tokens, keys)
+        scores = (q[0] @ k[0].transpose(1, 2)).float() / q.shape[3] ** 0.5  # (h, T, T), or (h, T, G)
+        if mask is not None:
+            scores = scores.masked_fill(~mask[0], -torch.inf)
+        weights = torch.softmax(scores, dim=2).mean(dim=0)
+    return weights if keys is None else weights[:, keys.slot[0]] * keys.weight[0]
 
 
 def draw_attention(image: Picture, attention: NodeAttention, *, scale: float = 1.0) -> Picture:

@@ -45,6 +45,9 @@ class TransfinerConfig:
             with half the side of the one before; 0 is the paper's detector.
         lower_level_guidance: Whether finer incoherence detectors see the coarser prediction (paper, Table 3).
         joint_levels: One sequence of all levels (paper) or one sequence per level (paper, Table 8).
+        tree_keys: Whether attention sees one key for each tree of the quadtree, the mean of a root cell's node and all
+            nodes below it, and for each 2×2 reference tokens, in place of a key of each token's own (paper). Its cost
+            then grows with the number of nodes, no longer with their square.
         propagate: Whether refined values are handed down to the quadrants (paper, Table 8).
         pixel_widths: Channels of each scale of the pixel head, finest first, which moves outlines onto the edges of the
             photo after the last level; empty for none (paper). It needs the photo, so it goes with an image encoder.
@@ -72,6 +75,7 @@ class TransfinerConfig:
     context_scales: int = 0
     lower_level_guidance: bool = True
     joint_levels: bool = True
+    tree_keys: bool = False
     propagate: bool = True
     predicts_gain: bool = False
     pixel_widths: tuple[int, ...] = ()

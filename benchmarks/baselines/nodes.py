@@ -26,8 +26,8 @@ class NodeMLP(nn.Module):
         )
         self.norm = nn.LayerNorm(channels)
 
-    def forward(self, tokens: Tensor, sequence: Tensor, count: int) -> Tensor:
-        """Encode tokens ``(T, C)``; which sequence each belongs to plays no part."""
+    def forward(self, tokens: Tensor, sequence: Tensor, count: int, key: Tensor | None = None) -> Tensor:
+        """Encode tokens ``(T, C)``; which sequence and key each belongs to plays no part."""
         for layer in self.layers:
             tokens = tokens + layer(tokens)
         return self.norm(tokens)

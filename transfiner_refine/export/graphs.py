@@ -15,11 +15,13 @@ from transfiner_refine.config import REFERENCE_SIDE, ROOT_SIDE
 from transfiner_refine.errors import InvalidInputError
 from transfiner_refine.functional.coarse import coarse_levels, coarse_logits
 from transfiner_refine.functional.quadtree import (
+    KEY_SIDE,
     child_nodes,
     grid_nodes,
     node_centres,
     propagate,
     propagate_corrections,
+    reference_keys,
     take_nodes,
 )
 from transfiner_refine.functional.sampling import RoIPyramid
@@ -27,7 +29,13 @@ from transfiner_refine.modeling.gain import GainPredictor, edge_statistics, refi
 from transfiner_refine.modeling.image_encoder import ImageEncoder
 from transfiner_refine.modeling.model import RefinerModel
 from transfiner_refine.modeling.pixel_head import PixelHead, align
-from transfiner_refine.modeling.transfiner import Detection, IncoherenceDetector, MaskTransfiner, TransfinerOutput
+from transfiner_refine.modeling.transfiner import (
+    Detection,
+    IncoherenceDetector,
+    MaskTransfiner,
+    SharedKeys,
+    TransfinerOutput,
+)
 from transfiner_refine.types import FeaturePyramid, LevelNodes
 
 NODES_OF_OUTLINES = (256, 704, 1280, 2304)
@@ -242,15 +250,27 @@ class RefinerGraph(nn.Module):
             is_token.append(real[level].flatten())
             coarse_of_nodes.append(probs)
         padded = torch.cat([x.unflatten(0, (rois, -1)) for x in tokens], dim=1)  # (R, T, C)
-        mask = torch.cat([x.unflatten(0, (rois, -1)) for x in is_token], dim=1)[:, None, None]  # (R, 1, 1, T)
-        mask = mask.expand(-1, -1, mask.shape[3], -1)  # onnxruntime's attention broadcasts no rows
+        there = torch.cat([x.unflatten(0, (rois, -1)) for x in is_token], dim=1)  # (R, T)
+        mask, keys = there[:, None, None], None  # (R, 1, 1, T)
+        if transfiner.config.tree_keys:
+            slots = [reference_keys(rois)] + [self._tree_keys(detection.quadtree, level) for level in levels]
+            slot = torch.cat([x.unflatten(0, (rois, -1)) for x in slots], dim=1)
+            keys, mask = SharedKeys.of(slot, there, KEY_SIDE**2 + self.budget[0], padded.dtype)  # (R, 1, 1, G)
+        mask = mask.expand(-1, -1, padded.shape[1], -1)  # onnxruntime's attention broadcasts no rows
         for layer in transfiner.sequence_encoder.layers:
-            padded = layer(padded, mask)
+            padded = layer(padded, mask, keys)
         encoded = transfiner.sequence_encoder.norm(padded).split(self._lengths(levels), dim=1)
         return [
             transfiner.pixel_decoder(part.flatten(0, 1), probs)
             for part, probs in zip(encoded[1:], coarse_of_nodes, strict=True)
         ]
+
+    def _tree_keys(self, quadtree: Sequence[LevelNodes], level: int) -> Tensor:
+        """The key that each node of a level is part of, ``(R · K,)``: that of the root node that it descends from."""
+        node = torch.arange(quadtree[level].parent.shape[0])
+        for nodes in quadtree[level:0:-1]:
+            node = nodes.parent[node]
+        return KEY_SIDE**2 + node % self.budget[0]
 
     def _lengths(self, levels: Sequence[int]) -> list[int]:
         return [REFERENCE_SIDE**2, *(self.budget[level] for level in levels)]

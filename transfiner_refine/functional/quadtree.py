@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from transfiner_refine.config import REFERENCE_SIDE
+from transfiner_refine.config import REFERENCE_SIDE, ROOT_SIDE
 from transfiner_refine.functional.incoherence import double_nearest
 from transfiner_refine.types import LevelNodes
 
@@ -68,6 +68,38 @@ def rank_in_roi(roi: Tensor, score: Tensor | None = None) -> Tensor:
     rank = torch.empty_like(roi)
     rank[order] = torch.arange(roi.shape[0], device=roi.device) - start[roi[order]]
     return rank
+
+
+KEY_SIDE = 7
+"""Side of the grid of keys that the reference tokens share where attention has a key for each tree."""
+
+
+def reference_keys(rois: int, device: torch.device | str = "cpu") -> Tensor:
+    """The key that each reference token is part of, 2×2 tokens each, ``(R · 14²,)`` int64 below ``KEY_SIDE²``."""
+    _, row, col = grid_nodes(rois, REFERENCE_SIDE, device)
+    share = REFERENCE_SIDE // KEY_SIDE
+    return row // share * KEY_SIDE + col // share
+
+
+def tree_cells(row: Tensor, col: Tensor, level: int) -> Tensor:
+    """The cell of level 0 that nodes of a level lie in, ``(K,)`` int64: row by row, below 28²."""
+    return (row >> level) * ROOT_SIDE + (col >> level)
+
+
+def tree_keys(roi: Tensor, cell: Tensor, rois: int) -> Tensor:
+    """The key that each node is part of: one for each tree, which is a cell of level 0 with all nodes that lie in it.
+
+    Args:
+        roi: ``(K,)`` int64.
+        cell: ``(K,)`` int64, from :func:`tree_cells`.
+        rois: Number of RoIs R.
+
+    Returns:
+        ``(K,)`` int64; those of a RoI follow its reference tokens' without a gap, in the order of their cells.
+    """
+    has_nodes = torch.zeros((rois, ROOT_SIDE**2), dtype=torch.bool, device=roi.device)
+    has_nodes[roi, cell] = True
+    return KEY_SIDE**2 - 1 + has_nodes.cumsum(1)[roi, cell]
 
 
 def take_nodes(nodes: LevelNodes, index: Tensor) -> LevelNodes:

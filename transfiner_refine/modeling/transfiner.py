@@ -31,7 +31,10 @@ from transfiner_refine.functional.quadtree import (
     propagate,
     propagate_corrections,
     rank_in_roi,
+    reference_keys,
     take_nodes,
+    tree_cells,
+    tree_keys,
 )
 from transfiner_refine.functional.sampling import FeatureTable, RoIPyramid, bilinear_rows, weighted_rows
 from transfiner_refine.modeling.context import WideContext
@@ -228,6 +231,47 @@ class NodeEncoder(nn.Module):
         return tokens
 
 
+@dataclass(frozen=True)
+class SharedKeys:
+    """Which tokens of a sequence are one key together: their mean takes part in attention, instead of each of them.
+
+    Attributes:
+        slot: ``(B, T)`` int64, the key of each token, below ``size``; any for padding.
+        weight: ``(B, T)``, one over the number of tokens of its key; 0 for padding.
+        size: Keys G of the longest sequence.
+    """
+
+    slot: Tensor
+    weight: Tensor
+    size: int
+
+    @classmethod
+    def of(cls, slot: Tensor, is_token: Tensor, size: int, dtype: torch.dtype) -> tuple["SharedKeys", Tensor]:
+        """Share keys.
+
+        Args:
+            slot: As in the result.
+            is_token: ``(B, T)`` bool, false for padding.
+            size: As in the result.
+            dtype: Of the weights.
+
+        Returns:
+            The keys, and which are there: ``(B, 1, 1, G)`` bool.
+        """
+        one = is_token.to(dtype)
+        members = one.new_zeros((slot.shape[0], size)).scatter_add(1, slot, one)  # (B, G)
+        weight = one / members.gather(1, slot).clamp(min=1)
+        return cls(slot, weight, size), (members > 0)[:, None, None]
+
+    def mean(self, tokens: Tensor) -> Tensor:
+        """Mean of each key's tokens, ``(B, T, C)`` to ``(B, G, C)``; zeros for keys that are not there."""
+        batch, _, channels = tokens.shape
+        row = self.slot + torch.arange(batch, device=tokens.device)[:, None] * self.size  # (B, T)
+        shares = (tokens * self.weight[..., None]).flatten(0, 1)
+        means = shares.new_zeros((batch * self.size, channels)).index_add(0, row.flatten(), shares)
+        return means.unflatten(0, (batch, self.size))
+
+
 class SequenceLayer(nn.Module):
     """One layer of the sequence encoder: self-attention and feed-forward, each behind a layer norm."""
 
@@ -240,15 +284,32 @@ class SequenceLayer(nn.Module):
         self.norm_ffn = nn.LayerNorm(channels)
         self.ffn = nn.Sequential(nn.Linear(channels, ffn_channels), nn.ReLU(), nn.Linear(ffn_channels, channels))
 
-    def forward(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    def queries_keys_values(self, tokens: Tensor, keys: SharedKeys | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """What attention is made of, ``(B, h, T, C/h)``, and ``(B, h, G, C/h)`` for shared keys and their values."""
+        tokens = self.norm_attention(tokens)
+        if keys is None:
+            qkv = self.qkv(tokens).unflatten(2, (3, self.heads, -1))  # (B, T, 3, h, C/h)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)
+            return q, k, v
+        # The key of a mean is the mean of the keys, as the layer is linear: so few have to be computed.
+        channels = tokens.shape[2]
+        query, others = self.qkv.weight.split([channels, 2 * channels])
+        query_bias, others_bias = self.qkv.bias.split([channels, 2 * channels])
+        q = F.linear(tokens, query, query_bias).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        kv = F.linear(keys.mean(tokens), others, others_bias).unflatten(2, (2, self.heads, -1))  # (B, G, 2, h, C/h)
+        k, v = kv.permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+    def forward(self, tokens: Tensor, mask: Tensor | None, keys: SharedKeys | None = None) -> Tensor:
         """Attend within each sequence.
 
         Args:
             tokens: ``(B, T, C)``, B sequences padded to one length.
-            mask: ``(B, 1, 1, T)`` bool, true for real tokens; None if nothing is padded.
+            mask: ``(B, 1, 1, T)`` bool, true for real tokens, or ``(B, 1, 1, G)`` for the keys that are there; None if
+                nothing is padded.
+            keys: Keys that tokens share; None for a key of each token's own.
         """
-        qkv = self.qkv(self.norm_attention(tokens)).unflatten(2, (3, self.heads, -1))  # (B, T, 3, h, C/h)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, h, T, C/h)
+        q, k, v = self.queries_keys_values(tokens, keys)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)  # (B, T, C)
         tokens = tokens + self.project(attended)
         return tokens + self.ffn(self.norm_ffn(tokens))
@@ -264,13 +325,15 @@ class SequenceEncoder(nn.Module):
         )
         self.norm = nn.LayerNorm(config.channels)
 
-    def forward(self, tokens: Tensor, sequence: Tensor, count: int) -> Tensor:
+    def forward(self, tokens: Tensor, sequence: Tensor, count: int, key: Tensor | None = None) -> Tensor:
         """Encode sequences of unequal length.
 
         Args:
             tokens: ``(T, C)`` tokens of all sequences, in any order.
             sequence: ``(T,)`` int64, which sequence each belongs to.
             count: Number of sequences; each has at least one token.
+            key: ``(T,)`` int64, the key of its sequence that each token is part of, counted from 0; None for a key of
+                each token's own.
 
         Returns:
             ``(T, C)``, in the order of ``tokens``.
@@ -281,11 +344,15 @@ class SequenceEncoder(nn.Module):
         slot = rank_in_roi(sequence)
         longest = int(lengths.max())
         padded = tokens.new_zeros((count, longest, tokens.shape[1])).index_put((sequence, slot), tokens)
-        mask = None
-        if int(lengths.min()) < longest:
-            mask = (torch.arange(longest, device=tokens.device) < lengths[:, None])[:, None, None]  # (B, 1, 1, T)
+        mask, keys = None, None
+        is_token = torch.arange(longest, device=tokens.device) < lengths[:, None]  # (B, T)
+        if key is not None:
+            slots = key.new_zeros((count, longest)).index_put((sequence, slot), key)
+            keys, mask = SharedKeys.of(slots, is_token, int(key.max()) + 1, padded.dtype)
+        elif int(lengths.min()) < longest:
+            mask = is_token[:, None, None]
         for layer in self.layers:
-            padded = layer(padded, mask)
+            padded = layer(padded, mask, keys)
         return self.norm(padded[sequence, slot])
 
 
@@ -410,7 +477,7 @@ class MaskTransfiner(nn.Module):
         for chunk in length_groups(quadtree, guidance.shape[0], token_budget):
             place = torch.full((guidance.shape[0],), -1, dtype=torch.long, device=device)
             place[chunk] = torch.arange(chunk.shape[0], device=device)
-            encoded, sequences, coarse_of_nodes, nodes_of_level = [], [], [], []
+            encoded, sequences, coarse_of_nodes, nodes_of_level, trees = [], [], [], [], []
             # The 14×14 reference tokens of each RoI head its sequence.
             cell_roi, row, col = grid_nodes(chunk.shape[0], REFERENCE_SIDE, device)
             reference = F.avg_pool2d(coarse[0][chunk][:, None], ROOT_SIDE // REFERENCE_SIDE).flatten()
@@ -428,7 +495,12 @@ class MaskTransfiner(nn.Module):
                 sequences.append(place[roi])
                 coarse_of_nodes.append(probs)
                 nodes_of_level.append(index)
-            tokens = self.sequence_encoder(torch.cat(encoded), torch.cat(sequences), chunk.shape[0])
+                trees.append(tree_cells(row, col, level))
+            sequence, keys = torch.cat(sequences), ()
+            if self.config.tree_keys:
+                grid = reference_keys(chunk.shape[0], device)
+                keys = (torch.cat([grid, tree_keys(sequence[len(grid) :], torch.cat(trees), chunk.shape[0])]),)
+            tokens = self.sequence_encoder(torch.cat(encoded), sequence, chunk.shape[0], *keys)
             decoded = self.pixel_decoder(tokens[cell_roi.shape[0] :], torch.cat(coarse_of_nodes))
             for level, (index, values) in enumerate(
                 zip(nodes_of_level, decoded.split([len(i) for i in nodes_of_level]), strict=True)
