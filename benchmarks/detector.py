@@ -98,7 +98,7 @@ def main(
         refiners = {path: Refiner.from_pretrained(path) for path in model or []}
         if not refiners:
             refiners = {EMBEDDED: Refiner.from_pretrained()}
-        options = RefineOptions(incoherence_threshold=threshold, return_quadtree=True)
+        options = RefineOptions(passes=1, incoherence_threshold=threshold, return_quadtree=True)
         counts = measure(samples, refiners, options, console)
     except TransfinerError as error:
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)

@@ -24,8 +24,12 @@ from transfiner_refine.errors import TransfinerError
 
 VARIANTS: dict[str, RefineOptions] = {
     "defaults": RefineOptions(),
+    "passes=1": RefineOptions(passes=1),
+    "passes=3": RefineOptions(passes=3),
     "depth=2": RefineOptions(depth=2),
     "depth=1": RefineOptions(depth=1),
+    'depth="auto"': RefineOptions(depth="auto"),
+    "align_pixels=False": RefineOptions(align_pixels=False),
     "incoherence_threshold=0.3": RefineOptions(incoherence_threshold=0.3),
     "incoherence_threshold=0.7": RefineOptions(incoherence_threshold=0.7),
     "max_nodes=300": RefineOptions(max_nodes=300),

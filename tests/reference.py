@@ -404,7 +404,7 @@ def paste(
 ) -> None:
     """Write one RoI ``(S, S)`` into an image mask ``(H, W)``: pixel by pixel, if its centre is inside of the box.
 
-    With ``before``, only pixels whose label is new and whose probability moved by more than 0.15.
+    With ``before``, only pixels whose probability moved by more than 0.15.
     """
     side = len(probs)
     x0, y0, x1, y1 = (float(value) for value in box)
@@ -417,7 +417,7 @@ def paste(
         value = bilinear(probs[None], x - 0.5, y - 0.5)[0]
         if before is not None:
             was = bilinear(before[None], x - 0.5, y - 0.5)[0]
-            if (was >= threshold) == (value >= threshold) or abs(value - was) <= 0.15:
+            if abs(value - was) <= 0.15:
                 continue
         mask[row, col] = value >= threshold
 

@@ -139,6 +139,8 @@ class TestCoco:
         kept = json.loads((tmp_path / "out.json").read_text())
         assert all(np.array_equal(decoded(a), decoded(b)) for a, b in zip(kept, results, strict=True))
         assert_one_error(run(*common, "--depth", 3), "depth of at most 2")
+        assert_one_error(run(*common, "--depth", "deep"), 'depth 0 to 4, "auto" or None')
+        assert run(*common, "--depth", "auto")[0] == 0
 
     def test_annotations_name_the_files(self, run: Run, photos: Path, tmp_path: Path, model_dir: Path):
         predictions = write(tmp_path / "dets.json", [result("a", rectangle(8, 8, 32, 32), (8, 8, 32, 24))])

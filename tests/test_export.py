@@ -93,15 +93,20 @@ def change_config(folder: Path, **changes: float) -> None:
     (folder / "config.json").write_text(json.dumps(config | changes))
 
 
+@pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("count", [0, 1, 7])
-def test_onnxruntime_refines_as_the_refiner(refiner: Refiner, exported: Path, count: int):
+def test_onnxruntime_refines_as_the_refiner(refiner: Refiner, exported: Path, tmp_path: Path, count: int, passes: int):
+    folder = shutil.copytree(exported, tmp_path / "exported")
+    change_config(folder, passes=passes)
     image = random_image(HEIGHT, WIDTH, seed=1)
     # The last ones reach beyond the border; one has no pixel.
     circles = [*CIRCLES, (240.0, 230.0, 60.0), (500.0, 500.0, 10.0)][:count]
     masks = discs(HEIGHT, WIDTH, circles).numpy() if count else np.zeros((0, HEIGHT, WIDTH), bool)
-    options = RefineOptions(max_nodes=MAX_NODES, encode="crops", keep_if_gain_below=-1, keep_if_iou_below=0)
+    options = RefineOptions(
+        passes=passes, max_nodes=MAX_NODES, encode="crops", keep_if_gain_below=-1, keep_if_iou_below=0
+    )
     expected = refiner.refine(image, masks=masks, options=options)
-    refined = OnnxRefiner(exported, threads=1).refine(image, masks=masks, batch_size=3)
+    refined = OnnxRefiner(folder, threads=1).refine(image, masks=masks, batch_size=3)
     assert expected.probs is not None and expected.predicted_gain is not None and refined.predicted_gain is not None
     assert refined.probs == pytest.approx(expected.probs.numpy(), abs=PROBABILITY)
     assert refined.predicted_gain == pytest.approx(expected.predicted_gain.numpy(), abs=PROBABILITY)

@@ -136,7 +136,7 @@ def test_paste_keeps_the_detail_of_pixels_whose_label_is_not_refined():
     assert kept.all()
 
 
-def test_only_labels_that_refinement_moved_are_written():
+def test_only_pixels_that_refinement_moved_are_written():
     """The cells that are looked at leave none out: against pasting all probabilities, new and old."""
     generator = torch.Generator().manual_seed(2)
     rois = torch.tensor([[3.3, 1.2, 50.7, 40.1], [-4.0, 10.0, 30.0, 61.5]])
@@ -147,10 +147,23 @@ def test_only_labels_that_refinement_moved_are_written():
     for probs, target in zip((refined, before), values, strict=True):
         paste(probs, rois, target)
     new, old = values
-    moved = ((new >= 0.5) != (old >= 0.5)) & ((new - old).abs() > paste_module.LEAST_CHANGE)
+    moved = (new - old).abs() > paste_module.LEAST_CHANGE
     expected = torch.where(moved, new >= 0.5, masks)
     paste(refined, rois, masks, before=before)
     assert 100 < moved.sum() < 1000 and masks.equal(expected)
+
+
+def test_a_pixel_that_its_cell_outvoted_goes_with_the_cell():
+    """A lone pixel of a mask whose cell was background already: where refinement is surer of it, the pixel goes."""
+    masks = torch.zeros(1, 16, 16, dtype=torch.bool)
+    masks[0, 4:8, 4:6] = True  # half of a cell
+    masks[0, 12, 12] = True
+    rois = torch.tensor([[0.0, 0, 16, 16]])
+    before = crop_masks(masks, rois, 4) * 0.9
+    refined = before.clone()
+    refined[0, 1, 1] = 0.0
+    paste(refined, rois, masks, before=before)
+    assert not masks[0, :8, :8].any() and masks.sum() == 1
 
 
 @pytest.mark.parametrize("pixels", [1, 37, 1000])

@@ -283,6 +283,18 @@ class TestOptions:
         changed = out.masks != masks
         assert changed.any(dim=(1, 2)).all() and not (changed & ~may_change).any()
 
+    def test_depth_by_the_size_of_each_box(self, on_features: Refiner):
+        """Boxes of 20, 44 and 88 pixels: their cells are smaller than a pixel from level 0, 1 and 2 on."""
+        masks = discs(H, W, [(15.0, 15.0, 10.0), (90.0, 40.0, 22.0), (60.0, 45.0, 44.0)])
+        options = replace(FREE, return_quadtree=True)
+        every = refine_features(on_features, masks, options).details
+        needed = refine_features(on_features, masks, replace(options, depth="auto")).details
+        assert every is not None and needed is not None
+        for level in range(3):
+            found, expected = (torch.bincount(x.quadtree[level].roi, minlength=3) for x in (needed, every))
+            assert (expected > 0).all()
+            assert torch.equal(found[level:], expected[level:]) and not found[:level].any()
+
     def test_depth(self, on_features: Refiner, masks: Tensor):
         for depth in range(4):
             out = refine_features(on_features, masks, replace(FREE, depth=depth, return_quadtree=True))

@@ -108,7 +108,7 @@ def node_attention(
         mask: ``(H, W)`` coarse mask: bool, uint8, or float probabilities.
         point: ``(x, y)``, image pixels.
         layer: Layer of the sequence encoder; negative ones count from the last.
-        options: Choices of the refinement.
+        options: Choices of the refinement; it is of one pass.
 
     Raises:
         InvalidInputError: If there is no such layer, no node to look at, or an input cannot be used.
@@ -133,7 +133,7 @@ def node_attention(
             image,
             boxes=box[None],
             masks=mask[None],
-            options=replace(options or RefineOptions(), return_quadtree=True),
+            options=replace(options or RefineOptions(), passes=1, return_quadtree=True),
         )
     finally:
         handle.remove()

@@ -34,6 +34,7 @@ from transfiner_refine.commands.options import (
     KeepIfGainBelow,
     KeepIfIouBelow,
     Model,
+    Passes,
     TokenBudget,
 )
 from transfiner_refine.commands.serve import serve
@@ -125,6 +126,7 @@ def image(
     model: Model = None,
     device: Device = None,
     depth: Depth = None,
+    passes: Passes = None,
     token_budget: TokenBudget = DEFAULTS.token_budget,
     keep_if_iou_below: KeepIfIouBelow = DEFAULTS.keep_if_iou_below,
     keep_if_gain_below: KeepIfGainBelow = DEFAULTS.keep_if_gain_below,
@@ -139,6 +141,7 @@ def image(
         raise InvalidInputError(f"expected either --predictions or --masks, got {found}")
     options = RefineOptions(
         depth=depth,
+        passes=passes,
         token_budget=token_budget,
         keep_if_iou_below=keep_if_iou_below,
         keep_if_gain_below=keep_if_gain_below,

@@ -16,6 +16,9 @@ REFERENCE_SIDE = 14
 MAX_DEPTH = 4
 """Deepest quadtree: levels 28, 56, 112 and 224 (paper, Table 5)."""
 
+MAX_PASSES = 4
+"""Most refinements in a row."""
+
 CUES = ("fine", "coarse", "context", "position", "guidance")
 
 
@@ -51,6 +54,8 @@ class TransfinerConfig:
         propagate: Whether refined values are handed down to the quadrants (paper, Table 8).
         pixel_widths: Channels of each scale of the pixel head, finest first, which moves outlines onto the edges of the
             photo after the last level; empty for none (paper). It needs the photo, so it goes with an image encoder.
+        passes: Passes of a call that names none (:attr:`RefineOptions.passes`), as many as the weights are good for; 1
+            is the paper's.
         feature_fingerprint: SHA-256 of the detector's weights with which the refiner was saved by an adapter; None for
             an image encoder, or where it is not known.
         predicts_gain: Whether the model predicts what each refinement wins, so that a call can refuse the bad ones; set
@@ -79,6 +84,7 @@ class TransfinerConfig:
     propagate: bool = True
     predicts_gain: bool = False
     pixel_widths: tuple[int, ...] = ()
+    passes: int = 1
     feature_fingerprint: str | None = None
     format_version: int = 1
 
@@ -117,6 +123,7 @@ class TransfinerConfig:
             raise InvalidInputError(
                 f"expected channels divisible by heads and by 4, got {self.channels} channels and {self.heads} heads"
             )
+        _check_passes(self.passes)
         if not self.box_margin >= 0:
             raise InvalidInputError(f"expected box_margin of at least 0, got {self.box_margin}")
 
@@ -126,7 +133,12 @@ class RefineOptions:
     """Choices of one ``refine`` call; each default says how to switch it off.
 
     Attributes:
-        depth: Quadtree levels to refine, at most the model's; None takes the model's own depth.
+        depth: Quadtree levels to refine, at most the model's; None takes the model's own depth, and ``"auto"`` as many
+            for each instance as the long side of its box needs, at most the model's: 1 up to 28 pixels, 2 up to 56, 3
+            up to 112.
+        passes: Refinements in a row, each of the mask that the one before made, in a box grown to hold it: what the
+            first uncovers, the next can follow further. A mask that a pass hardly changes is spared the others. None
+            takes the model's own; 1 is the paper's, in about half of the time of 2.
         incoherence_threshold: Probability above which a cell is an incoherent node; 1.0 and above refines nothing.
         mask_threshold: Probability from which a pixel belongs to the mask.
         token_budget: Tokens held at once, which bounds memory: instances are refined in groups that fit. With the
@@ -146,7 +158,8 @@ class RefineOptions:
         return_quadtree: Whether the result carries incoherence maps and quadtrees, for pictures and analysis.
     """
 
-    depth: int | None = None
+    depth: int | Literal["auto"] | None = None
+    passes: int | None = None
     incoherence_threshold: float = 0.5
     mask_threshold: float = 0.5
     token_budget: int = 16384
@@ -158,8 +171,10 @@ class RefineOptions:
     return_quadtree: bool = False
 
     def __post_init__(self) -> None:
-        if self.depth is not None and not 0 <= self.depth <= MAX_DEPTH:
-            raise InvalidInputError(f"expected depth 0 to {MAX_DEPTH} or None, got {self.depth}")
+        if self.depth not in (None, "auto") and not (isinstance(self.depth, int) and 0 <= self.depth <= MAX_DEPTH):
+            raise InvalidInputError(f'expected depth 0 to {MAX_DEPTH}, "auto" or None, got {self.depth!r}')
+        if self.passes is not None:
+            _check_passes(self.passes)
         if self.token_budget < 1:
             raise InvalidInputError(f"expected token_budget of at least 1, got {self.token_budget}")
         if self.max_nodes is not None and self.max_nodes < 1:
@@ -174,3 +189,8 @@ class RefineOptions:
             raise InvalidInputError(f"expected keep_if_gain_below from -1 to 1, got {self.keep_if_gain_below}")
         if self.encode not in ("auto", "image", "crops"):
             raise InvalidInputError(f'expected encode "auto", "image" or "crops", got {self.encode!r}')
+
+
+def _check_passes(passes: int) -> None:
+    if not isinstance(passes, int) or not 1 <= passes <= MAX_PASSES:
+        raise InvalidInputError(f"expected passes from 1 to {MAX_PASSES}, got {passes!r}")

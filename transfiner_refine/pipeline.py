@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,9 @@ from transfiner_refine.errors import InvalidInputError
 from transfiner_refine.functional.boxes import crop_windows, expand_boxes, touches_image
 from transfiner_refine.functional.crops import crop_image
 from transfiner_refine.functional.paste import crop_box_masks, crop_masks, paste
+from transfiner_refine.functional.quadtree import take_nodes
 from transfiner_refine.functional.sampling import FeatureTable, RoIPyramid
-from transfiner_refine.inputs import CoarseMasks
+from transfiner_refine.inputs import CoarseMasks, boxes_from_masks
 from transfiner_refine.modeling.gain import edge_statistics, refinement_statistics
 from transfiner_refine.modeling.model import RefinerModel
 from transfiner_refine.modeling.pixel_head import PIXEL_SIDE, align, enlarge
@@ -36,6 +38,9 @@ MAX_IMAGE_SIDE = 2048
 
 MAX_ENLARGEMENT = 2.0
 """Most that a whole image is enlarged for the sake of small instances."""
+
+SETTLED = 0.95
+"""IoU of a mask with what it was before its last pass, from which another pass is spared."""
 
 TOKENS_PER_INSTANCE = 1024
 """Typical sequence of an instance; the instances of a group are the token budget over this."""
@@ -56,42 +61,79 @@ def working_memory(token_budget: int) -> int:
     return BASE_BYTES + token_budget * TOKEN_BYTES
 
 
+class Found(NamedTuple):
+    """What one pass made of a group of n instances of one image.
+
+    Attributes:
+        index: ``(n,)`` int64, the instances.
+        accepted: ``(n,)`` bool, where it is the pass that the result is from, or the first.
+        coarse: ``(n, S, S)`` float32, what it started from.
+        output: The refinement.
+    """
+
+    index: Tensor
+    accepted: Tensor
+    coarse: Tensor
+    output: TransfinerOutput
+
+
 @dataclass
 class Job:
     """One image with its instances, and the results as they grow.
 
     Attributes:
         image: ``(3, H, W)`` float32 in [0, 1], or None where the features are given.
-        pyramid: Features of the whole image; None while they are not made, or where instances are encoded as crops.
+        features: The features that were given, or None.
         boxes: ``(N, 4)`` float32 xyxy, image pixels.
-        rois: ``(N, 4)`` float32 xyxy, image pixels: the boxes with their margin.
-        coarse: The coarse masks as they were given.
+        spans: ``(N, 4)`` float32 xyxy, image pixels: the boxes, grown to hold the masks that earlier passes made.
+        rois: ``(N, 4)`` float32 xyxy, image pixels: spans with their margin, where ``probs`` lies.
+        coarse: The masks that this pass starts from: as they were given, or those of the pass before.
         masks: ``(N, H, W)`` bool, the coarse masks until the refined ones are pasted.
         probs: ``(N, S, S)`` float32, refined probabilities in the RoI frame.
         kept_coarse: ``(N,)`` bool, where the refined mask strayed too far or promised too little.
+        settled: ``(N,)`` bool, where the last pass changed next to nothing.
         gain: ``(N,)`` float32, predicted gains of Boundary IoU, or None if the model does not predict them.
-        index: ``(n,)`` int64, the instances that can be refined.
+        index: ``(n,)`` int64, the instances that this pass refines.
+        pyramid: Features of the whole image; None while they are not made, or where instances are encoded as crops.
         table: The pyramid's features, flattened with its first group.
-        found: Instances and output of each group, if quadtrees are asked for.
+        found: What each group came to, if quadtrees are asked for.
     """
 
     image: Tensor | None
-    pyramid: FeaturePyramid | None
+    features: FeaturePyramid | None
     boxes: Tensor
+    spans: Tensor
     rois: Tensor
     coarse: CoarseMasks
     masks: Tensor
     probs: Tensor
     kept_coarse: Tensor
+    settled: Tensor
     gain: Tensor | None
     index: Tensor
+    pyramid: FeaturePyramid | None = None
     table: FeatureTable | None = None
-    found: list[tuple[Tensor, TransfinerOutput]] = field(default_factory=list)
+    found: list[Found] = field(default_factory=list)
 
     @property
     def image_size(self) -> tuple[int, int]:
         """``(H, W)``."""
         return self.masks.shape[1], self.masks.shape[2]
+
+    def start_again(self) -> None:
+        """Take the refined masks for the coarse ones of another pass.
+
+        What was refused, has settled or is empty is left out.
+        """
+        index = self.index[~(self.kept_coarse | self.settled)[self.index]]
+        masks = self.masks[index]
+        some = masks.flatten(1).any(dim=1)
+        self.index, held = index[some], boxes_from_masks(masks[some])
+        spans = self.spans[self.index]
+        self.spans[self.index] = torch.cat(
+            [torch.minimum(spans[:, :2], held[:, :2]), torch.maximum(spans[:, 2:], held[:, 2:])], dim=1
+        )
+        self.coarse = CoarseMasks(self.masks, "image")
 
 
 Group = list[tuple[Job, Tensor]]
@@ -114,7 +156,8 @@ class Pipeline:
         self.options = options
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
-        self.depth = model.config.depth if options.depth is None else options.depth
+        self.passes = model.config.passes if options.passes is None else options.passes
+        self.depth = model.config.depth if options.depth in (None, "auto") else options.depth
         if self.depth > model.config.depth:
             raise InvalidInputError(
                 f"expected a depth of at most {model.config.depth}, the model's, got {self.depth}: "
@@ -162,13 +205,15 @@ class Pipeline:
         has_area = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
         return Job(
             image=image,
-            pyramid=pyramid,
+            features=pyramid,
             boxes=boxes,
+            spans=boxes.clone(),
             rois=expand_boxes(boxes, self.model.config.box_margin),
             coarse=coarse,
             masks=masks,
             probs=torch.zeros((boxes.shape[0], side, side), device=self.device),
             kept_coarse=torch.zeros(boxes.shape[0], dtype=torch.bool, device=self.device),
+            settled=torch.zeros(boxes.shape[0], dtype=torch.bool, device=self.device),
             gain=torch.zeros(boxes.shape[0], device=self.device) if predicts_gain else None,
             index=(has_area & touches_image(boxes, size)).nonzero()[:, 0],
         )
@@ -176,17 +221,35 @@ class Pipeline:
     @torch.no_grad()
     def run(self, jobs: Sequence[Job]) -> None:
         """Refine all jobs: their masks, probabilities and flags are written."""
+        self._pass(jobs, 0)
+        for number in range(1, self.passes):
+            for job in jobs:
+                job.start_again()
+            self._pass(jobs, number)
+
+    def _pass(self, jobs: Sequence[Job], number: int) -> None:
+        """Refine what is left to refine in all jobs once."""
         options = self.options
-        select = above_threshold(options.incoherence_threshold, options.max_nodes)
         for group in self._groups(jobs):
-            coarse = torch.cat([self._coarse(job, index) for job, index in group])
-            output = self.model.transfiner(self._features(group), coarse, self.depth, select, options.token_budget)
-            output, aligned, pixels = self._align(group, output, coarse)
+            boxes = torch.cat([job.spans[index] for job, index in group])
+            rois = expand_boxes(boxes, self.model.config.box_margin)
+            depth = depth_of(boxes) if options.depth == "auto" else None
+            select = above_threshold(options.incoherence_threshold, options.max_nodes, depth)
+            parts = list(zip(group, rois.split([len(index) for _, index in group]), strict=True))
+            coarse = torch.cat([self._coarse(job, index, part) for (job, index), part in parts])
+            output = self.model.transfiner(
+                self._features(group, rois), coarse, self.depth, select, options.token_budget
+            )
+            output, aligned, pixels = self._align(parts, output, coarse)
             # A coarse mask without a single cell has nothing to refine.
             present = coarse.amax(dim=(1, 2)) >= options.mask_threshold
-            stray = _iou(output.probs, coarse, options.mask_threshold) < options.keep_if_iou_below
-            gain = self._gain(output, coarse, pixels, aligned)
-            keep = present & (stray | (gain < options.keep_if_gain_below))
+            agreement = _iou(output.probs, coarse, options.mask_threshold)
+            refused = agreement < options.keep_if_iou_below
+            gain = None
+            if number == 0:  # what is predicted is what all passes win
+                gain = self._gain(output, coarse, pixels, aligned)
+                refused |= gain < options.keep_if_gain_below
+            keep = present & refused
             touched = output.touched & (present & ~keep)[:, None, None]
             probs = torch.where(touched, output.probs, coarse)
             pasted, where, before = probs, touched, coarse
@@ -196,23 +259,27 @@ class Pipeline:
                 before = enlarge(coarse[:, None])[:, 0]
                 pasted = torch.where(where, aligned, before)
             start = 0
-            for job, index in group:
+            for (job, index), roi in parts:
                 part = slice(start, start + index.shape[0])
-                job.probs[index] = probs[part]
-                job.kept_coarse[index] = keep[part]
-                if job.gain is not None:
-                    job.gain[index] = gain[part]
+                start = part.stop
                 masks = job.masks[index]
                 was = before[part] if job.coarse.frame == "image" else None
-                paste(pasted[part], job.rois[index], masks, options.mask_threshold, where[part], was)
+                paste(pasted[part], roi, masks, options.mask_threshold, where[part], was)
                 job.masks[index] = masks
-                start = part.stop
+                if number == 0:
+                    job.kept_coarse[index] = keep[part]
+                    if job.gain is not None and gain is not None:
+                        job.gain[index] = gain[part]
+                job.settled[index] = (agreement[part] >= SETTLED) | keep[part]
+                # What a later pass refuses stays as the one before left it.
+                new = (~keep[part] | (number == 0)).nonzero()[:, 0]
+                job.rois[index[new]], job.probs[index[new]] = roi[new], probs[part][new]
             if options.return_quadtree:
-                (job, index), *_ = group
-                job.found.append((index, output))
+                ((job, index), _), *_ = parts
+                job.found.append(Found(index, ~keep | (number == 0), coarse, output))
 
     def _align(
-        self, group: Group, output: TransfinerOutput, coarse: Tensor
+        self, parts: Sequence[tuple[tuple[Job, Tensor], Tensor]], output: TransfinerOutput, coarse: Tensor
     ) -> tuple[TransfinerOutput, Tensor | None, Tensor | None]:
         """Move the outlines of a group onto the edges of its photos.
 
@@ -224,10 +291,10 @@ class Pipeline:
         if head is None or not self.options.align_pixels or self.depth == 0:
             return output, None, None
         crops = []
-        for job, index in group:
+        for (job, _), rois in parts:
             if job.image is None:  # features alone, and they come one job at a time
                 return output, None, None
-            crops.append(crop_image(job.image, job.rois[index], PIXEL_SIDE, samples=-1))
+            crops.append(crop_image(job.image, rois, PIXEL_SIDE, samples=-1))
         pixels = torch.cat(crops)
         return *align(head, pixels, output, coarse), pixels
 
@@ -242,25 +309,37 @@ class Pipeline:
         return self.model.gain_predictor(statistics)
 
     def details(self, job: Job) -> RefineDetails:
-        """Join the incoherence maps and quadtrees of a job's groups, renumbered to its instances."""
-        count = job.boxes.shape[0]
+        """Join the incoherence maps and quadtrees of a job's groups, renumbered to its instances.
+
+        Those of an instance are of its last pass.
+        """
+        count, side = job.boxes.shape[0], job.probs.shape[-1]
         incoherence = torch.zeros((count, ROOT_SIDE, ROOT_SIDE), device=self.device)
+        coarse_probs = torch.zeros((count, side, side), device=self.device)
         none = torch.zeros(0, dtype=torch.long, device=self.device)
         quadtree = [LevelNodes(none, none, none, none, none.float(), ROOT_SIDE << level) for level in range(self.depth)]
         probs = [none.float() for _ in range(self.depth)]
-        for index, output in job.found:
-            incoherence[index] = torch.sigmoid(output.detection.root_logits)
-            above = 0  # nodes that earlier groups have at the level above
-            for level, nodes in enumerate(output.detection.quadtree):
-                known = quadtree[level]
-                added = replace(nodes, roi=index[nodes.roi], parent=nodes.parent + above)
-                above = len(known)
+        last = torch.full((count,), -1, device=self.device)
+        for number, found in enumerate(job.found):
+            last[found.index[found.accepted]] = number
+        for number, found in enumerate(job.found):
+            mine = last[found.index] == number
+            index = found.index[mine]
+            incoherence[index] = torch.sigmoid(found.output.detection.root_logits[mine])
+            coarse_probs[index] = found.coarse[mine]
+            place = none  # of each node among those of the level above that are kept
+            above = 0  # nodes that earlier groups have there
+            for level, nodes in enumerate(found.output.detection.quadtree):
+                keep = mine[nodes.roi].nonzero()[:, 0]
+                kept, known = take_nodes(nodes, keep), quadtree[level]
+                parent = kept.parent if level == 0 else place[kept.parent] + above
+                added = replace(kept, roi=found.index[kept.roi], parent=parent)
+                place, above = mine[nodes.roi].cumsum(0) - 1, len(known)
                 columns = ("roi", "row", "col", "parent", "logits")
                 joined = {name: torch.cat([getattr(known, name), getattr(added, name)]) for name in columns}
                 quadtree[level] = replace(known, **joined)
-                probs[level] = torch.cat([probs[level], output.node_probs[level]])
-        coarse = self._coarse(job, torch.arange(count, device=self.device))
-        return RefineDetails(incoherence, tuple(quadtree), coarse, tuple(probs))
+                probs[level] = torch.cat([probs[level], found.output.node_probs[level][keep]])
+        return RefineDetails(incoherence, tuple(quadtree), coarse_probs, tuple(probs))
 
     def _groups(self, jobs: Sequence[Job]) -> Iterator[Group]:
         """Split the instances of all jobs into groups; instances of several images share a group only as crops."""
@@ -268,6 +347,7 @@ class Pipeline:
         group: Group = []
         room = size
         for job in jobs:
+            job.pyramid = job.features
             if job.index.shape[0] and self._encodes_whole(job):
                 job.pyramid = self._encode_whole(job)
             alone = job.pyramid is not None or self.options.return_quadtree
@@ -295,7 +375,7 @@ class Pipeline:
 
     def _scale(self, job: Job) -> float:
         """Scale at which the image is encoded as a whole: its median RoI is as large as in a crop, within bounds."""
-        rois = job.rois[job.index]
+        rois = expand_boxes(job.spans[job.index], self.model.config.box_margin)
         median = float((rois[:, 2:] - rois[:, :2]).amax(dim=1).median())
         return min(CROP_SPAN / median, MAX_IMAGE_SIDE / max(job.image_size), MAX_ENLARGEMENT)
 
@@ -312,9 +392,8 @@ class Pipeline:
         assert self.model.image_encoder is not None
         return self.model.image_encoder(pixels.to(self.dtype).contiguous(memory_format=torch.channels_last))
 
-    def _features(self, group: Group) -> RoIPyramid:
+    def _features(self, group: Group, rois: Tensor) -> RoIPyramid:
         """Features of a group's RoIs: from the whole image they share, or from a crop of each."""
-        rois = torch.cat([job.rois[index] for job, index in group])
         (job, index), *_ = group
         if job.pyramid is not None:
             if job.table is None:
@@ -333,12 +412,25 @@ class Pipeline:
         image = torch.arange(rois.shape[0], device=rois.device)
         return self.model.transfiner.roi_pyramid(pyramid, pyramid.to_network(rois, image), image)
 
-    def _coarse(self, job: Job, index: Tensor) -> Tensor:
-        """Coarse probabilities ``(n, S, S)`` of some instances in their RoIs."""
+    def _coarse(self, job: Job, index: Tensor, rois: Tensor) -> Tensor:
+        """Coarse probabilities ``(n, S, S)`` of some instances in RoIs of theirs."""
         data, side = job.coarse.data[index], job.probs.shape[-1]
         if job.coarse.frame == "box":
-            return crop_box_masks(data.float(), job.boxes[index], job.rois[index], side)
-        return crop_masks(data, job.rois[index], side)
+            return crop_box_masks(data.float(), job.boxes[index], rois, side)
+        return crop_masks(data, rois, side)
+
+
+def depth_of(boxes: Tensor) -> Tensor:
+    """Levels that objects of some size need: the last is the first whose cells are smaller than a pixel.
+
+    Args:
+        boxes: ``(N, 4)`` xyxy, image pixels.
+
+    Returns:
+        ``(N,)`` int64: 1 for boxes whose long side is up to 28 pixels, 2 up to 56, and so on.
+    """
+    long_side = (boxes[:, 2:] - boxes[:, :2]).amax(dim=1)
+    return (long_side / ROOT_SIDE).log2().ceil().clamp(min=0).long() + 1
 
 
 def _split(index: Tensor, first: int, size: int) -> Iterator[Tensor]:

@@ -24,6 +24,7 @@ from transfiner_refine.commands.options import (
     KeepIfGainBelow,
     KeepIfIouBelow,
     Model,
+    Passes,
     TokenBudget,
     progress_bar,
 )
@@ -49,6 +50,7 @@ def coco(
     model: Model = None,
     device: Device = None,
     depth: Depth = None,
+    passes: Passes = None,
     token_budget: TokenBudget = DEFAULTS.token_budget,
     keep_if_iou_below: KeepIfIouBelow = DEFAULTS.keep_if_iou_below,
     keep_if_gain_below: KeepIfGainBelow = DEFAULTS.keep_if_gain_below,
@@ -84,6 +86,7 @@ def coco(
     """
     options = RefineOptions(
         depth=depth,
+        passes=passes,
         token_budget=token_budget,
         keep_if_iou_below=keep_if_iou_below,
         keep_if_gain_below=keep_if_gain_below,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -16,7 +16,28 @@ Model = Annotated[
     str | None, typer.Option(help="Directory or Hugging Face Hub id of a refiner.", show_default="the embedded one")
 ]
 Device = Annotated[str | None, typer.Option(help="Torch device.", show_default="cpu")]
-Depth = Annotated[int | None, typer.Option(help="Quadtree levels to refine.", show_default="the model's")]
+
+
+def _levels(value: str) -> int | str:
+    try:
+        return int(value)
+    except ValueError:
+        return value  # refused by RefineOptions, but for "auto"
+
+
+Depth = Annotated[
+    Any,
+    typer.Option(
+        parser=_levels,
+        metavar="INTEGER|auto",
+        help="Quadtree levels to refine; auto: as many as each box needs.",
+        show_default="the model's",
+    ),
+]
+Passes = Annotated[
+    int | None,
+    typer.Option(help="Refinements in a row, each of what the one before made.", show_default="the model's"),
+]
 TokenBudget = Annotated[int, typer.Option(help="Tokens held at once; bounds memory.")]
 KeepIfIouBelow = Annotated[
     float, typer.Option(help="Keep the coarse mask if its IoU with the refined one is lower; 0 never does.")

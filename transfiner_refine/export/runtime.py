@@ -99,38 +99,74 @@ class OnnxRefiner:
         if corners.shape != (len(masks), 4):
             raise InvalidInputError(f"expected boxes of shape ({len(masks)}, 4), one per mask, got {corners.shape}")
         size = corners[:, 2:] - corners[:, :2]
-        margin = np.float32(config["box_margin"]) * size
-        rois = np.concatenate([corners[:, :2] - margin, corners[:, 2:] + margin], axis=1)
         inside = (corners[:, :2] < (masks.shape[2], masks.shape[1])).all(axis=1) & (corners[:, 2:] > 0).all(axis=1)
         usable = np.flatnonzero((size > 0).all(axis=1) & inside)
-        probs = np.zeros((len(masks), side, side), np.float32)
-        kept = np.zeros(len(masks), np.bool_)
-        gains = np.zeros(len(masks), np.float32) if "gain" in self._outputs else None
-        pyramid = _ImagePyramid(image, config["outside"])
-        for start in range(0, len(usable), batch_size):
-            index = usable[start : start + batch_size]
-            coarse = np.stack([_crop_mask(masks[i], rois[i], side) for i in index])
-            outputs = self._run(pyramid, rois[index], coarse)
-            found, touched = outputs["probs"], outputs["touched"]
-            present = coarse.max(axis=(1, 2)) >= threshold
-            refused = _iou(found >= threshold, coarse >= threshold) < config["keep_if_iou_below"]
-            if gains is not None:
-                refused |= outputs["gain"] < config["keep_if_gain_below"]
-                gains[index] = outputs["gain"]
-            kept[index] = present & refused
-            touched &= (present & ~refused)[:, None, None]
-            probs[index] = np.where(touched, found, coarse)
-            pasted, before = probs[index], coarse
-            if "aligned" in outputs:
-                pixel_side = config["pixel_side"]
-                touched = touched.repeat(pixel_side // side, axis=1).repeat(pixel_side // side, axis=2)
-                centres = (np.arange(pixel_side, dtype=np.float32) + np.float32(0.5)) * np.float32(side / pixel_side)
-                enlarge = _interpolation(centres - np.float32(0.5), side)
-                before = enlarge @ coarse @ enlarge.T
-                pasted = np.where(touched, outputs["aligned"], before)
-            for i, new, old, where in zip(index, pasted, before, touched, strict=True):
-                _paste(new, old, where, rois[i], refined[i], threshold, config["least_change"])
-        return RefinedMasks(refined, probs, rois, kept, gains)
+        result = RefinedMasks(
+            refined,
+            probs=np.zeros((len(masks), side, side), np.float32),
+            rois=_grown(corners, config["box_margin"]),
+            kept_coarse=np.zeros(len(masks), np.bool_),
+            predicted_gain=np.zeros(len(masks), np.float32) if "gain" in self._outputs else None,
+        )
+        pyramid, spans = _ImagePyramid(image, config["outside"]), corners.copy()
+        settled = np.zeros(len(masks), np.bool_)
+        for number in range(config.get("passes", 1)):
+            if number:  # from the refined masks, in boxes that hold them
+                usable = np.array([i for i in usable if not settled[i] and refined[i].any()], np.int64)
+                held = _boxes_of(refined[usable])
+                spans[usable, :2] = np.minimum(spans[usable, :2], held[:, :2])
+                spans[usable, 2:] = np.maximum(spans[usable, 2:], held[:, 2:])
+            for start in range(0, len(usable), batch_size):
+                index = usable[start : start + batch_size]
+                rois = _grown(spans[index], config["box_margin"])
+                given = refined if number else masks
+                coarse = np.stack([_crop_mask(given[i], roi, side) for i, roi in zip(index, rois, strict=True)])
+                settled[index] = self._refine(pyramid, index, rois, coarse, number, result)
+        return result
+
+    def _refine(
+        self,
+        pyramid: _ImagePyramid,
+        index: np.ndarray,
+        rois: np.ndarray,
+        coarse: np.ndarray,
+        number: int,
+        result: RefinedMasks,
+    ) -> np.ndarray:
+        """Refine n instances once, in pass ``number``, and write what they became into the result.
+
+        Returns:
+            ``(n,)`` bool, where another pass would be wasted.
+        """
+        config = self.config
+        threshold, side = config["mask_threshold"], config["roi_side"]
+        outputs = self._run(pyramid, rois, coarse)
+        found, touched = outputs["probs"], outputs["touched"]
+        present = coarse.max(axis=(1, 2)) >= threshold
+        agreement = _iou(found >= threshold, coarse >= threshold)
+        refused = agreement < config["keep_if_iou_below"]
+        if number == 0 and "gain" in outputs:
+            refused |= outputs["gain"] < config["keep_if_gain_below"]
+        keep = present & refused
+        touched &= (present & ~refused)[:, None, None]
+        probs = np.where(touched, found, coarse)
+        pasted, before = probs, coarse
+        if "aligned" in outputs:
+            pixel_side = config["pixel_side"]
+            touched = touched.repeat(pixel_side // side, axis=1).repeat(pixel_side // side, axis=2)
+            centres = (np.arange(pixel_side, dtype=np.float32) + np.float32(0.5)) * np.float32(side / pixel_side)
+            enlarge = _interpolation(centres - np.float32(0.5), side)
+            before = enlarge @ coarse @ enlarge.T
+            pasted = np.where(touched, outputs["aligned"], before)
+        for i, new, old, where, roi in zip(index, pasted, before, touched, rois, strict=True):
+            _paste(new, old, where, roi, result.masks[i], threshold, config["least_change"])
+        if number == 0:
+            result.kept_coarse[index] = keep
+            if result.predicted_gain is not None:
+                result.predicted_gain[index] = outputs["gain"]
+        accepted = ~keep | (number == 0)  # what a later pass refuses stays as the one before left it
+        result.probs[index[accepted]], result.rois[index[accepted]] = probs[accepted], rois[accepted]
+        return keep | (agreement >= config.get("settled", 1.0))
 
     def _run(self, pyramid: _ImagePyramid, rois: np.ndarray, coarse: np.ndarray) -> dict[str, np.ndarray]:
         """Encode a window around each of n RoIs, and refine: the graph's outputs by name."""
@@ -232,9 +268,10 @@ def _paste(
     threshold: float,
     least_change: float,
 ) -> None:
-    """Write the labels that changed from ``before`` to ``probs``, ``(S, S)``, into the pixels of a mask ``(H, W)``.
+    """Write the labels of ``probs``, ``(S, S)``, into the pixels of a mask ``(H, W)`` bool.
 
-    Only pixels whose cell is in ``where`` are written, and only where the probability changed by enough.
+    Only pixels whose cell is in ``where`` are written, and only where the probability has changed by enough from
+    ``before``.
     """
     side = len(probs)
     x0, y0, x1, y1 = np.ceil(roi - 0.5).clip(0, [*mask.shape[::-1], *mask.shape[::-1]]).astype(int)
@@ -246,8 +283,8 @@ def _paste(
     rows, columns = (_interpolation(x - np.float32(0.5), side) for x in (v, u))
     values, was = rows @ probs @ columns.T, rows @ before @ columns.T
     chosen = where[np.ix_(v.astype(int).clip(max=side - 1), u.astype(int).clip(max=side - 1))]
-    chosen &= ((values >= threshold) != (was >= threshold)) & (abs(values - was) > least_change)
     region = mask[y0:y1, x0:x1]
+    chosen &= ((values >= threshold) != region) & (abs(values - was) > least_change)
     region[chosen] = (values >= threshold)[chosen]
 
 
@@ -259,6 +296,12 @@ def _boxes_of(masks: np.ndarray) -> np.ndarray:
         if len(columns):
             box[:] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
     return boxes
+
+
+def _grown(boxes: np.ndarray, margin: float) -> np.ndarray:
+    """Boxes ``(n, 4)`` with a margin on all sides, as a share of theirs."""
+    size = np.float32(margin) * (boxes[:, 2:] - boxes[:, :2])
+    return np.concatenate([boxes[:, :2] - size, boxes[:, 2:] + size], axis=1)
 
 
 def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -88,8 +88,8 @@ def paste(
         threshold: Probability from which a pixel belongs to the mask.
         where: ``(N, S, S)`` bool, the cells whose pixels are written; None writes the whole RoI.
         before: ``(N, S, S)`` float, the same cells before they were refined. A pixel is written only where its
-            interpolated label is another than before, by more than :data:`LEAST_CHANGE`: a mask of pixels has detail
-            that cells average away, and where nothing was refined it stays. None writes all.
+            interpolated probability has changed by more than :data:`LEAST_CHANGE`: a mask of pixels has detail that
+            cells average away, and where nothing was refined it stays. None writes all.
     """
     height, width = masks.shape[1:]
     side = probs.shape[-1]
@@ -136,7 +136,8 @@ def paste(
         value = (values[cells] * weights).sum(dim=1)
         if before is not None:
             was = (before.reshape(-1)[cells] * weights).sum(dim=1)
-            changed = (((value >= threshold) != (was >= threshold)) & ((value - was).abs() > LEAST_CHANGE)).nonzero()
+            held = flat[target] if masks.dtype == torch.bool else flat[target] >= threshold
+            changed = (((value >= threshold) != held) & ((value - was).abs() > LEAST_CHANGE)).nonzero()
             value, target = value[changed[:, 0]], target[changed[:, 0]]
         flat[target] = value >= threshold if masks.dtype == torch.bool else value.to(masks.dtype)
         start = stop

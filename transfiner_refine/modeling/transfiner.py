@@ -509,16 +509,19 @@ class MaskTransfiner(nn.Module):
         return logits
 
 
-def above_threshold(threshold: float, max_nodes: int | None = None) -> SelectNodes:
+def above_threshold(threshold: float, max_nodes: int | None = None, depth: Tensor | None = None) -> SelectNodes:
     """Select the candidates that are incoherent with more than the given probability.
 
     Args:
         threshold: Probability of incoherence (paper: 0.5).
         max_nodes: Nodes kept per RoI and level, the most incoherent first; None keeps all.
+        depth: ``(R,)`` int64, levels in which a RoI may have nodes; None for all.
     """
 
     def select(level: int, candidates: LevelNodes) -> Tensor:
         keep = torch.sigmoid(candidates.logits) > threshold
+        if depth is not None:
+            keep &= depth[candidates.roi] > level
         if max_nodes is not None:
             keep &= rank_in_roi(candidates.roi, candidates.logits) < max_nodes
         return keep
