@@ -45,7 +45,7 @@ ANEW = (*FRESH, "transfiner.node_encoder.")
 """What starts anew in every variant."""
 
 DETECTOR = "transfiner.incoherence_detector."
-EVERY = RefineOptions(keep_if_gain_below=-1.0, keep_if_iou_below=0.0)
+EVERY = RefineOptions(passes=1, keep_if_gain_below=-1.0, keep_if_iou_below=0.0)
 PAPER = ("fine", "coarse", "context", "position")
 
 
@@ -199,7 +199,7 @@ def judge(refiner: Refiner, data: Path, limit: int, console: Console) -> Figures
     counts = [DetectorCounts()] * refiner.config.depth
     flops, number = 0, 0
     for sample in samples:
-        options = RefineOptions(keep_if_gain_below=-1.0, return_quadtree=True)
+        options = RefineOptions(passes=1, keep_if_gain_below=-1.0, return_quadtree=True)
         with FlopCounterMode(display=False) as counter:
             out = refiner.refine(sample.image, boxes=sample.boxes, masks=sample.coarse, options=options)
         by_module = counter.get_flop_counts()

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from baselines import load_refiner  # pyright: ignore[reportMissingImports]
 from dataset import DATA, MatchedImage, MatchedSet  # pyright: ignore[reportMissingImports]
 from methods import Coarse, start_from  # pyright: ignore[reportMissingImports]
-from train_embedded import VALIDATION_LIST, Validation  # pyright: ignore[reportMissingImports]
+from train_embedded import VALIDATION_LIST, Validation, with_changes  # pyright: ignore[reportMissingImports]
 
 from transfiner_refine import RefineOptions, Refiner
 from transfiner_refine.evaluation import boundary_iou
@@ -62,6 +62,8 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--passes", type=int, help="of the calibrated model, instead of what it has")
+    parser.add_argument("--tree-keys", action="store_true", help="give it one key of attention for each tree")
     parser.add_argument("--thresholds", type=float, nargs=2, metavar=("ROOT", "FINER"), help="do not search for them")
     args = parser.parse_args()
     torch.set_flush_denormal(True)
@@ -70,7 +72,10 @@ def main() -> None:
     validation = Validation({"ecssd": photos, "pennfudan": list(MatchedSet(args.data / "pennfudan", limit=40))})
 
     def calibrated(root: float, finer: float) -> Refiner:
-        refiner = load_refiner(args.model)
+        model = load_refiner(args.model).model
+        config = model.config
+        tree_keys, passes = args.tree_keys or config.tree_keys, args.passes or config.passes
+        refiner = Refiner(with_changes(model, tree_keys=tree_keys, passes=passes))
         calibrate_thresholds(refiner.model, (root, *[finer] * (refiner.config.depth - 1)))
         return refiner
 

@@ -11,6 +11,7 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,9 +102,9 @@ def with_context(model: RefinerModel, scales: int) -> RefinerModel:
     return wider
 
 
-def with_tree_keys(model: RefinerModel) -> RefinerModel:
-    """The same weights with one key of attention for each tree; gains have to be calibrated anew."""
-    changed = RefinerModel(replace(model.config, tree_keys=True, predicts_gain=False))
+def with_changes(model: RefinerModel, **changes: Any) -> RefinerModel:
+    """The same weights under another configuration, such as ``tree_keys=True``; gains have to be calibrated anew."""
+    changed = RefinerModel(replace(model.config, predicts_gain=False, **changes))
     weights = model.state_dict()
     changed.load_state_dict({name: weights[name] for name in changed.state_dict()})
     return changed
@@ -130,6 +131,7 @@ def main() -> None:
     parser.add_argument("--backbone-scale", type=float, default=0.1)
     parser.add_argument("--init", type=Path, help="start from this refiner instead of ImageNet weights")
     parser.add_argument("--context-scales", type=int, help="wide context to add to the model of --init")
+    parser.add_argument("--nodes-per-level", type=int, nargs=2, default=(50, 150), help="range drawn from in each step")
     parser.add_argument("--tree-keys", action="store_true", help="one key of attention for each tree")
     parser.add_argument("--network", choices=sorted(NETWORKS), help="train a baseline with this network instead")
     args = parser.parse_args()
@@ -166,7 +168,7 @@ def main() -> None:
         assert model.image_encoder is not None
         model.image_encoder.backbone.load_state_dict(imagenet_weights())
     if args.tree_keys:
-        model = with_tree_keys(model)
+        model = with_changes(model, tree_keys=True)
     if args.network:
         model = with_network(model, args.network)
     model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -181,7 +183,7 @@ def main() -> None:
         validate_every=args.validate_every,
         workers=args.workers,
     )
-    loss_config = LossConfig(cross_entropy_weight=args.cross_entropy, nodes_per_level=(50, 150))
+    loss_config = LossConfig(cross_entropy_weight=args.cross_entropy, nodes_per_level=tuple(args.nodes_per_level))
     print(f"{len(dataset)} objects, {len(photos)} ECSSD and {len(scenes)} DAVIS photos held out", flush=True)
     train(model, dataset, args.run, config, loss_config, validation)
 

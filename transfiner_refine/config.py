@@ -138,7 +138,7 @@ class RefineOptions:
             up to 112.
         passes: Refinements in a row, each of the mask that the one before made, in a box grown to hold it: what the
             first uncovers, the next can follow further. A mask that a pass hardly changes is spared the others. None
-            takes the model's own; 1 is the paper's, in about half of the time of 2.
+            takes the model's own; 1 is the paper's, and takes half of the time of 2.
         incoherence_threshold: Probability above which a cell is an incoherent node; 1.0 and above refines nothing.
         mask_threshold: Probability from which a pixel belongs to the mask.
         token_budget: Tokens held at once, which bounds memory: instances are refined in groups that fit. With the
