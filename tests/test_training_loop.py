@@ -94,7 +94,7 @@ class TestSchedule:
             ({"ema": 1.0}, "ema from 0 to below 1"),
             ({"decay": 1.5}, "decay from 0 to 1"),
             ({"frozen_stages": 6}, "frozen_stages from 0 to 5"),
-            ({"precision": "fp16"}, 'precision "bf16" or "no"'),
+            ({"precision": "fp16"}, 'precision "auto", "bf16" or "no"'),
             ({"batch_size": 12}, "batch_size as a multiple of micro_batch, got 12 and 8"),
         ],
     )
@@ -222,6 +222,13 @@ class TestRuns:
         exact, rounded = (metrics(directory)[1]["loss"] for directory in (whole_run, tmp_path))
         assert exact != rounded and exact == pytest.approx(rounded, rel=0.02)
         assert all(value.dtype == torch.float32 for value in weights(tmp_path).values())
+
+    @pytest.mark.parametrize("native", [False, True])
+    def test_automatic_precision(self, native: bool, tmp_path: Path, whole_run: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr("transfiner_refine.training.loop.is_bf16_native", lambda device: native)
+        run(tmp_path, config=replace(SIX_STEPS, precision="auto"))
+        exact, found = (metrics(directory)[1]["loss"] for directory in (whole_run, tmp_path))
+        assert (exact != found) == native
 
     def test_fewer_objects_than_a_batch(self, tmp_path: Path):
         with pytest.raises(InvalidInputError, match="one batch of 16 objects, got 5 objects: lower batch_size"):

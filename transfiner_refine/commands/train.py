@@ -32,6 +32,7 @@ SCHEDULE, ALONE, TOGETHER, JUDGED, RUN = (
 class Precision(str, Enum):
     """Floating-point numbers of the forward pass."""
 
+    auto = "auto"
     bf16 = "bf16"
     no = "no"
 

@@ -1,0 +1,142 @@
+"""Teach a refiner to do with one key of attention for each tree what it does with one for each token.
+
+    python scripts/distill_keys.py MODEL_DIR RUN_DIR --cache CACHE_DIR [--stamps DIR] [--data DIR] [--steps N]
+
+Every node of the training photos that inference would refine is refined by both: the labels of the one, with their
+doubts, are the targets of the other. Ground truth plays no part. What precedes the sequence encoder stays as it is
+and is computed once for both, and so is the pixel head. RUN_DIR gets a refiner every ``--validate-every`` steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from baselines import load_refiner  # pyright: ignore[reportMissingImports]
+from dataset import DATA, MatchedSet  # pyright: ignore[reportMissingImports]
+from train_embedded import VALIDATION_LIST, Validation, with_changes  # pyright: ignore[reportMissingImports]
+
+from transfiner_refine import Refiner
+from transfiner_refine.data.composite import CompositeShares, load_stamps
+from transfiner_refine.data.crops import CropDataset, CropSample
+from transfiner_refine.data.object_cache import CropSource
+from transfiner_refine.functional.coarse import coarse_levels
+from transfiner_refine.modeling.model import RefinerModel
+from transfiner_refine.modeling.transfiner import above_threshold
+from transfiner_refine.training.schedule import is_bf16_native, warming_average
+
+BATCH = 8
+
+
+class Student(nn.Module):
+    """What is trained: the parts behind the quadtree."""
+
+    def __init__(self, model: RefinerModel):
+        super().__init__()
+        network = model.transfiner
+        self.parts = nn.ModuleList([network.node_encoder, network.sequence_encoder, network.pixel_decoder])
+
+
+def disagreement(teacher: RefinerModel, student: RefinerModel, batch: CropSample) -> Tensor:
+    """Cross-entropy of the student's labels against the teacher's, the mean of the levels, less what is unavoidable."""
+    network = teacher.transfiner
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16_native(torch.device("cpu"))):
+        with torch.no_grad():
+            assert teacher.image_encoder is not None
+            pixels = (batch.image.float() / 255).contiguous(memory_format=torch.channels_last)
+            table = network.roi_pyramid(teacher.image_encoder(pixels), batch.roi, torch.arange(len(batch.roi)))
+            levels = coarse_levels(batch.coarse, teacher.config.depth)
+            found = network.incoherence_detector(table, levels, teacher.config.depth, above_threshold(0.5))
+            given = (table, levels, found.guidance, found.quadtree)
+            targets = [torch.sigmoid(logits) for logits in network.refine_nodes(*given)]
+        predicted = student.transfiner.refine_nodes(*given)
+    losses = [
+        F.binary_cross_entropy_with_logits(logits.float(), target) - F.binary_cross_entropy(target, target)
+        for logits, target in zip(predicted, targets, strict=True)
+        if len(target)
+    ]
+    return torch.stack(losses).mean() if losses else predicted[0].sum()
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--stamps", type=Path)
+    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--learning-rate", type=float, default=4e-4)
+    parser.add_argument("--real-share", type=float, default=0.65)
+    parser.add_argument("--validate-every", type=int, default=300)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)
+    torch.manual_seed(0)
+    held_out = VALIDATION_LIST.read_text().split()
+    ecssd = CropSource(args.data / "ecssd", exclude=held_out)
+    coco = CropSource(args.data / "coco_train", min_area=1000)
+    teacher = load_refiner(args.model).model.eval()
+    teacher.image_encoder.to(memory_format=torch.channels_last)  # type: ignore[union-attr]
+    dataset = CropDataset(
+        [ecssd, ecssd, CropSource(args.data / "ccp"), coco],
+        args.cache,
+        side=112,
+        box_margin=teacher.config.box_margin,
+        real_share=args.real_share,
+        shares=CompositeShares(),
+        stamps=load_stamps(args.stamps) if args.stamps else (),
+    )
+    student = with_changes(teacher, tree_keys=True).train()
+    trained = Student(student)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
+    factor = lambda step: min(1.0, (step + 1) / 50, max(0.02, (args.steps - step) / (0.6 * args.steps)))  # noqa: E731
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    averaged = torch.optim.swa_utils.AveragedModel(trained, avg_fn=warming_average(0.99))
+    photos = [m for m in MatchedSet(args.data / "ecssd") if m.file_name in set(held_out)]
+    validation = Validation({"ecssd": photos[:60], "davis": list(MatchedSet(args.data / "davis_dev", limit=60))})
+    args.run.mkdir(parents=True, exist_ok=True)
+
+    def judge(step: int, loss: float) -> None:
+        finished = copy.deepcopy(student).eval()
+        Student(finished).load_state_dict(averaged.module.state_dict())
+        refiner = Refiner(finished)
+        record = {"step": step, "loss": loss} | validation(refiner)
+        with (args.run / "metrics.jsonl").open("a") as log:
+            log.write(json.dumps(record) + "\n")
+        tqdm.write(f"{step}: " + "  ".join(f"{name} {value:.4f}" for name, value in record.items() if "nodes" not in name))
+        refiner.save_pretrained(args.run / f"step_{step}")
+
+    judge(0, float("nan"))
+    sampler = RandomSampler(dataset, num_samples=args.steps * BATCH)
+    total = 0.0
+    for step, batch in enumerate(tqdm(DataLoader(dataset, BATCH, sampler=sampler)), 1):
+        dataset.set_epoch(step)
+        loss = disagreement(teacher, student, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        averaged.update_parameters(trained)
+        total += loss.item()
+        if step % args.validate_every == 0:
+            judge(step, total / args.validate_every)
+            total = 0.0
+
+
+if __name__ == "__main__":
+    main()
