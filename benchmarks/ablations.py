@@ -24,11 +24,10 @@ import typer
 from baselines import load_refiner, with_network
 from baselines.model import FRESH
 from dataset import DATA, ECSSD_VALIDATION, open_set
-from measure import measure
+from measure import counting, measure
 from methods import Coarse, refined
 from rich.console import Console
 from rich.table import Table
-from torch.utils.flop_counter import FlopCounterMode
 
 from transfiner_refine import RefineOptions, Refiner
 from transfiner_refine.config import ROOT_SIDE
@@ -200,7 +199,7 @@ def judge(refiner: Refiner, data: Path, limit: int, console: Console) -> Figures
     flops, number = 0, 0
     for sample in samples:
         options = RefineOptions(passes=1, keep_if_gain_below=-1.0, return_quadtree=True)
-        with FlopCounterMode(display=False) as counter:
+        with counting() as counter:
             out = refiner.refine(sample.image, boxes=sample.boxes, masks=sample.coarse, options=options)
         by_module = counter.get_flop_counts()
         flops += sum(by_module["Global"].values()) - sum(by_module["ImageEncoder"].values())

@@ -21,10 +21,10 @@ import torch
 import typer
 from baselines import load_refiner
 from dataset import DATA, MatchedImage, open_set
+from measure import counting
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from transfiner_refine import RefineOptions, Refiner, pipeline
 from transfiner_refine.errors import InvalidInputError, TransfinerError
@@ -116,7 +116,7 @@ def multiplications(refiner: Refiner, call: Callable[[], object]) -> dict[str, f
     }
     if refiner.model.pixel_head is not None:
         names["pixel head"] = "PixelHead"
-    with FlopCounterMode(display=False) as counter:
+    with counting() as counter:
         call()
     found = counter.get_flop_counts()
     return {stage: sum(found[name].values()) for stage, name in names.items()}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
@@ -15,6 +16,8 @@ from methods import Coarse, Method, start_from
 from rich.console import Console
 from rich.progress import track
 from scaling import process_memory, reset_peak
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from transfiner_refine.errors import InvalidInputError
 from transfiner_refine.evaluation import PairedFigures, boundary_iou, figures_from_scores, mask_iou
@@ -139,6 +142,13 @@ def measure(
             f"expected detections that match an object of {samples.folder}, got none among {len(samples)} photos"
         )
     return Result(scores, np.concatenate(areas))
+
+
+@contextmanager
+def counting() -> Iterator[FlopCounterMode]:
+    """Count floating-point operations, those of attention too: the fused kernel of CPUs not every torch counts."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        yield counter
 
 
 def added_memory(call: Callable[[], object]) -> int | None:

@@ -26,6 +26,7 @@ VARIANTS: dict[str, RefineOptions] = {
     "defaults": RefineOptions(),
     "passes=1": RefineOptions(passes=1),
     "passes=3": RefineOptions(passes=3),
+    "again_if_iou_below=1": RefineOptions(again_if_iou_below=1.0),
     "depth=2": RefineOptions(depth=2),
     "depth=1": RefineOptions(depth=1),
     'depth="auto"': RefineOptions(depth="auto"),

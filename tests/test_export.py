@@ -97,13 +97,18 @@ def change_config(folder: Path, **changes: float) -> None:
 @pytest.mark.parametrize("count", [0, 1, 7])
 def test_onnxruntime_refines_as_the_refiner(refiner: Refiner, exported: Path, tmp_path: Path, count: int, passes: int):
     folder = shutil.copytree(exported, tmp_path / "exported")
-    change_config(folder, passes=passes)
+    change_config(folder, passes=passes, again_if_iou_below=0.95)
     image = random_image(HEIGHT, WIDTH, seed=1)
     # The last ones reach beyond the border; one has no pixel.
     circles = [*CIRCLES, (240.0, 230.0, 60.0), (500.0, 500.0, 10.0)][:count]
     masks = discs(HEIGHT, WIDTH, circles).numpy() if count else np.zeros((0, HEIGHT, WIDTH), bool)
     options = RefineOptions(
-        passes=passes, max_nodes=MAX_NODES, encode="crops", keep_if_gain_below=-1, keep_if_iou_below=0
+        passes=passes,
+        again_if_iou_below=0.95,
+        max_nodes=MAX_NODES,
+        encode="crops",
+        keep_if_gain_below=-1,
+        keep_if_iou_below=0,
     )
     expected = refiner.refine(image, masks=masks, options=options)
     refined = OnnxRefiner(folder, threads=1).refine(image, masks=masks, batch_size=3)

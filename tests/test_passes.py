@@ -13,12 +13,11 @@ from transfiner_refine import Instances, InvalidInputError, RefineOptions, Refin
 from transfiner_refine.functional.boxes import expand_boxes
 from transfiner_refine.functional.paste import crop_masks
 from transfiner_refine.inputs import boxes_from_masks
-from transfiner_refine.pipeline import SETTLED
 
 H, W = 90, 120
 CIRCLES = [(40.0, 45.0, 25.0), (85.0, 50.0, 18.0), (104.0, 18.0, 12.0)]
 ONCE = RefineOptions(keep_if_iou_below=0.0, encode="crops")
-TWICE = replace(ONCE, passes=2)
+TWICE = replace(ONCE, passes=2, again_if_iou_below=0.95)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +101,21 @@ def test_what_has_settled_is_left_alone(image: np.ndarray, masks: Tensor):
     assert refiner.model.image_encoder is not None
     refiner.model.image_encoder.register_forward_hook(lambda *_: calls.append(1))
     refiner.refine(image, masks=masks, options=TWICE)
-    assert len(calls) == 1 and SETTLED < 1
+    assert len(calls) == 1
+
+
+def test_only_what_changed_a_lot_has_another_pass(refiner: Refiner, image: np.ndarray):
+    masks = discs(H, W, [(15.0 + 8 * i, 20.0 + 13 * (i % 5), 8.0 + 3 * (i % 4)) for i in range(12)])
+    first = refiner.refine(image, masks=masks, options=ONCE)
+    second = by_hand(refiner, first, image=image)
+    agreement = agreement_with(masks, first)
+    ordered = agreement.sort().values
+    limit = float(ordered[5] + ordered[6]) / 2
+    out = refiner.refine(image, masks=masks, options=replace(TWICE, again_if_iou_below=limit))
+    again = agreement < limit
+    assert again.sum() == 6
+    assert torch.equal(out.masks[again], second.masks[again]) and torch.equal(out.masks[~again], first.masks[~again])
+    assert (second.masks != first.masks).any(dim=(1, 2)).all()
 
 
 def test_what_was_refused_is_not_tried_again(refiner: Refiner, image: np.ndarray, masks: Tensor):

@@ -137,8 +137,10 @@ class RefineOptions:
             for each instance as the long side of its box needs, at most the model's: 1 up to 28 pixels, 2 up to 56, 3
             up to 112.
         passes: Refinements in a row, each of the mask that the one before made, in a box grown to hold it: what the
-            first uncovers, the next can follow further. A mask that a pass hardly changes is spared the others. None
-            takes the model's own; 1 is the paper's, and takes half of the time of 2.
+            first uncovers, the next can follow further. None takes the model's own; 1 is the paper's.
+        again_if_iou_below: A mask has a further pass only if its IoU with what it was before the last one is below
+            this: those that a pass changed a lot are the ones that another one helps; 1 spares only those that have not
+            changed at all.
         incoherence_threshold: Probability above which a cell is an incoherent node; 1.0 and above refines nothing.
         mask_threshold: Probability from which a pixel belongs to the mask.
         token_budget: Tokens held at once, which bounds memory: instances are refined in groups that fit. With the
@@ -160,6 +162,7 @@ class RefineOptions:
 
     depth: int | Literal["auto"] | None = None
     passes: int | None = None
+    again_if_iou_below: float = 0.85
     incoherence_threshold: float = 0.5
     mask_threshold: float = 0.5
     token_budget: int = 16384
@@ -187,6 +190,8 @@ class RefineOptions:
             raise InvalidInputError(f"expected keep_if_iou_below from 0 to 1, got {self.keep_if_iou_below}")
         if not -1 <= self.keep_if_gain_below <= 1:
             raise InvalidInputError(f"expected keep_if_gain_below from -1 to 1, got {self.keep_if_gain_below}")
+        if not 0 <= self.again_if_iou_below <= 1:
+            raise InvalidInputError(f"expected again_if_iou_below from 0 to 1, got {self.again_if_iou_below}")
         if self.encode not in ("auto", "image", "crops"):
             raise InvalidInputError(f'expected encode "auto", "image" or "crops", got {self.encode!r}')
 

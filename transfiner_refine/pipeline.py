@@ -39,9 +39,6 @@ MAX_IMAGE_SIDE = 2048
 MAX_ENLARGEMENT = 2.0
 """Most that a whole image is enlarged for the sake of small instances."""
 
-SETTLED = 0.95
-"""IoU of a mask with what it was before its last pass, from which another pass is spared."""
-
 TOKENS_PER_INSTANCE = 1024
 """Typical sequence of an instance; the instances of a group are the token budget over this."""
 
@@ -270,7 +267,7 @@ class Pipeline:
                     job.kept_coarse[index] = keep[part]
                     if job.gain is not None and gain is not None:
                         job.gain[index] = gain[part]
-                job.settled[index] = (agreement[part] >= SETTLED) | keep[part]
+                job.settled[index] = (agreement[part] >= options.again_if_iou_below) | keep[part]
                 # What a later pass refuses stays as the one before left it.
                 new = (~keep[part] | (number == 0)).nonzero()[:, 0]
                 job.rois[index[new]], job.probs[index[new]] = roi[new], probs[part][new]

@@ -21,7 +21,7 @@ from transfiner_refine.export.graphs import EncoderGraph, RefinerGraph, node_bud
 from transfiner_refine.functional.crops import OUTSIDE
 from transfiner_refine.functional.paste import LEAST_CHANGE
 from transfiner_refine.modeling.pixel_head import PIXEL_SIDE
-from transfiner_refine.pipeline import CROP_SIDE, CROP_SPAN, SETTLED
+from transfiner_refine.pipeline import CROP_SIDE, CROP_SPAN
 from transfiner_refine.refiner import Refiner
 
 OPSET = 23
@@ -108,8 +108,9 @@ def export_program(
         refiner: The refiner.
         max_nodes: Nodes per RoI and level, one number (as ``RefineOptions.max_nodes``) or one for each level; None
             takes ``options.max_nodes``, or without that what real outlines need. Time and memory follow it.
-        options: ``depth``, ``align_pixels`` and the thresholds, which become constants, and ``passes``; the depth
-            ``"auto"`` is the model's own. The graph is of one pass: what runs it takes several.
+        options: ``depth``, ``align_pixels`` and the thresholds, which become constants, ``passes`` and
+            ``again_if_iou_below``; the depth ``"auto"`` is the model's own. The graph is of one pass: what runs it takes
+            several.
 
     Returns:
         The programs.
@@ -244,7 +245,7 @@ def _describe(refiner: Refiner, options: RefineOptions, budget: tuple[int, ...])
             "outputs": outputs,
         },
         "passes": config.passes if options.passes is None else options.passes,
-        "settled": SETTLED,
+        "again_if_iou_below": options.again_if_iou_below,
         "max_nodes": list(budget),
         "incoherence_threshold": options.incoherence_threshold,
         "mask_threshold": options.mask_threshold,

@@ -166,7 +166,7 @@ class OnnxRefiner:
                 result.predicted_gain[index] = outputs["gain"]
         accepted = ~keep | (number == 0)  # what a later pass refuses stays as the one before left it
         result.probs[index[accepted]], result.rois[index[accepted]] = probs[accepted], rois[accepted]
-        return keep | (agreement >= config.get("settled", 1.0))
+        return keep | (agreement >= config.get("again_if_iou_below", 1.0))
 
     def _run(self, pyramid: _ImagePyramid, rois: np.ndarray, coarse: np.ndarray) -> dict[str, np.ndarray]:
         """Encode a window around each of n RoIs, and refine: the graph's outputs by name."""

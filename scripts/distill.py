@@ -1,10 +1,11 @@
-"""Teach a refiner to do with one key of attention for each tree what it does with one for each token.
+"""Teach a refiner with one key of attention for each tree what others make of the same nodes, on the mean.
 
-    python scripts/distill_keys.py MODEL_DIR RUN_DIR --cache CACHE_DIR [--stamps DIR] [--data DIR] [--steps N]
+    python scripts/distill.py STUDENT_DIR RUN_DIR --teacher DIR [--teacher DIR ...] --cache CACHE_DIR [--stamps DIR]
 
-Every node of the training photos that inference would refine is refined by both: the labels of the one, with their
-doubts, are the targets of the other. Ground truth plays no part. What precedes the sequence encoder stays as it is
-and is computed once for both, and so is the pixel head. RUN_DIR gets a refiner every ``--validate-every`` steps.
+Every node of the training photos that inference would refine is refined by all of them: the mean of the teachers'
+logits is the target. Ground truth plays no part. What precedes the node encoder is the student's own, which the
+teachers share (``train_embedded.py --frozen-detector``), so it is computed once; it stays as it is, and so does the
+pixel head. A teacher may be a baseline of ``benchmarks/``. RUN_DIR gets a refiner every ``--validate-every`` steps.
 """
 
 from __future__ import annotations
@@ -48,19 +49,20 @@ class Student(nn.Module):
         self.parts = nn.ModuleList([network.node_encoder, network.sequence_encoder, network.pixel_decoder])
 
 
-def disagreement(teacher: RefinerModel, student: RefinerModel, batch: CropSample) -> Tensor:
-    """Cross-entropy of the student's labels against the teacher's, the mean of the levels, less what is unavoidable."""
-    network = teacher.transfiner
+def disagreement(teachers: list[RefinerModel], student: RefinerModel, batch: CropSample) -> Tensor:
+    """Cross-entropy of the student's labels against the teachers', the mean of the levels, less what is unavoidable."""
+    network, depth = student.transfiner, student.config.depth
     with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16_native(torch.device("cpu"))):
         with torch.no_grad():
-            assert teacher.image_encoder is not None
+            assert student.image_encoder is not None
             pixels = (batch.image.float() / 255).contiguous(memory_format=torch.channels_last)
-            table = network.roi_pyramid(teacher.image_encoder(pixels), batch.roi, torch.arange(len(batch.roi)))
-            levels = coarse_levels(batch.coarse, teacher.config.depth)
-            found = network.incoherence_detector(table, levels, teacher.config.depth, above_threshold(0.5))
-            given = (table, levels, found.guidance, found.quadtree)
-            targets = [torch.sigmoid(logits) for logits in network.refine_nodes(*given)]
-        predicted = student.transfiner.refine_nodes(*given)
+            pyramid = network.roi_pyramid(student.image_encoder(pixels), batch.roi, torch.arange(len(batch.roi)))
+            levels = coarse_levels(batch.coarse, depth)
+            found = network.incoherence_detector(pyramid, levels, depth, above_threshold(0.5))
+            given = (pyramid, levels, found.guidance, found.quadtree)
+            answers = [teacher.transfiner.refine_nodes(*given) for teacher in teachers]
+            targets = [torch.sigmoid(torch.stack(level).mean(dim=0)) for level in zip(*answers, strict=True)]
+        predicted = network.refine_nodes(*given)
     losses = [
         F.binary_cross_entropy_with_logits(logits.float(), target) - F.binary_cross_entropy(target, target)
         for logits, target in zip(predicted, targets, strict=True)
@@ -72,15 +74,16 @@ def disagreement(teacher: RefinerModel, student: RefinerModel, batch: CropSample
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("model", type=Path)
+    parser.add_argument("student", type=Path)
     parser.add_argument("run", type=Path)
+    parser.add_argument("--teacher", type=Path, action="append", required=True)
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--stamps", type=Path)
     parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--learning-rate", type=float, default=4e-4)
     parser.add_argument("--real-share", type=float, default=0.65)
-    parser.add_argument("--validate-every", type=int, default=300)
+    parser.add_argument("--validate-every", type=int, default=200)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -89,18 +92,18 @@ def main() -> None:
     held_out = VALIDATION_LIST.read_text().split()
     ecssd = CropSource(args.data / "ecssd", exclude=held_out)
     coco = CropSource(args.data / "coco_train", min_area=1000)
-    teacher = load_refiner(args.model).model.eval()
-    teacher.image_encoder.to(memory_format=torch.channels_last)  # type: ignore[union-attr]
+    teachers = [load_refiner(path).model.eval() for path in args.teacher]
+    student = with_changes(load_refiner(args.student).model, tree_keys=True).eval()
+    student.image_encoder.to(memory_format=torch.channels_last)  # type: ignore[union-attr]
     dataset = CropDataset(
         [ecssd, ecssd, CropSource(args.data / "ccp"), coco],
         args.cache,
         side=112,
-        box_margin=teacher.config.box_margin,
+        box_margin=student.config.box_margin,
         real_share=args.real_share,
         shares=CompositeShares(),
         stamps=load_stamps(args.stamps) if args.stamps else (),
     )
-    student = with_changes(teacher, tree_keys=True).train()
     trained = Student(student)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
     factor = lambda step: min(1.0, (step + 1) / 50, max(0.02, (args.steps - step) / (0.6 * args.steps)))  # noqa: E731
@@ -117,7 +120,9 @@ def main() -> None:
         record = {"step": step, "loss": loss} | validation(refiner)
         with (args.run / "metrics.jsonl").open("a") as log:
             log.write(json.dumps(record) + "\n")
-        tqdm.write(f"{step}: " + "  ".join(f"{name} {value:.4f}" for name, value in record.items() if "nodes" not in name))
+        tqdm.write(
+            f"{step}: " + "  ".join(f"{name} {value:.4f}" for name, value in record.items() if "nodes" not in name)
+        )
         refiner.save_pretrained(args.run / f"step_{step}")
 
     judge(0, float("nan"))
@@ -125,7 +130,7 @@ def main() -> None:
     total = 0.0
     for step, batch in enumerate(tqdm(DataLoader(dataset, BATCH, sampler=sampler)), 1):
         dataset.set_epoch(step)
-        loss = disagreement(teacher, student, batch)
+        loss = disagreement(teachers, student, batch)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
