@@ -65,7 +65,7 @@ def cascade_psp(folder: Path | None = None, fast: bool = False) -> Method:
             weights = {f"module.{name}": value for name, value in RefinementModule().state_dict().items()}
             torch.save(weights, Path(scratch) / "model")
             refiner = Refiner(model_folder=scratch, download_and_check_model=False)
-        refiner.model = CoarseAnswer(refiner.model)
+        refiner.model = CoarseAnswer(refiner.model)  # pyright: ignore[reportAttributeAccessIssue]
 
     def refine(sample: MatchedImage) -> np.ndarray:
         masks = [refiner.refine(sample.image, mask.astype(np.uint8) * 255, fast) > 127 for mask in sample.coarse]

@@ -109,8 +109,8 @@ def export_program(
         max_nodes: Nodes per RoI and level, one number (as ``RefineOptions.max_nodes``) or one for each level; None
             takes ``options.max_nodes``, or without that what real outlines need. Time and memory follow it.
         options: ``depth``, ``align_pixels`` and the thresholds, which become constants, ``passes`` and
-            ``again_if_iou_below``; the depth ``"auto"`` is the model's own. The graph is of one pass: what runs it takes
-            several.
+            ``again_if_iou_below``; the depth ``"auto"`` is the model's own. The graph is of one pass: what runs it
+            takes several.
 
     Returns:
         The programs.
