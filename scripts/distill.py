@@ -25,17 +25,20 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from baselines import load_refiner  # pyright: ignore[reportMissingImports]
-from dataset import DATA, MatchedSet  # pyright: ignore[reportMissingImports]
-from train_embedded import VALIDATION_LIST, Validation, with_changes  # pyright: ignore[reportMissingImports]
+from dataset import DATA  # pyright: ignore[reportMissingImports]
+from train_embedded import (  # pyright: ignore[reportMissingImports]
+    Validation,
+    held_out_photos,
+    training_mix,
+    with_changes,
+)
 
 from transfiner_refine import Refiner
-from transfiner_refine.data.composite import CompositeShares, load_stamps
-from transfiner_refine.data.crops import CropDataset, CropSample
-from transfiner_refine.data.object_cache import CropSource
+from transfiner_refine.data.crops import CropSample
 from transfiner_refine.functional.coarse import coarse_levels
 from transfiner_refine.modeling.model import RefinerModel
 from transfiner_refine.modeling.transfiner import above_threshold
-from transfiner_refine.training.schedule import is_bf16_native, warming_average
+from transfiner_refine.training.schedule import mixed_precision, warming_average
 
 BATCH = 8
 
@@ -52,7 +55,7 @@ class Student(nn.Module):
 def disagreement(teachers: list[RefinerModel], student: RefinerModel, batch: CropSample) -> Tensor:
     """Cross-entropy of the student's labels against the teachers', the mean of the levels, less what is unavoidable."""
     network, depth = student.transfiner, student.config.depth
-    with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16_native(torch.device("cpu"))):
+    with mixed_precision(torch.device("cpu")):
         with torch.no_grad():
             assert student.image_encoder is not None
             pixels = (batch.image.float() / 255).contiguous(memory_format=torch.channels_last)
@@ -89,28 +92,16 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
-    held_out = VALIDATION_LIST.read_text().split()
-    ecssd = CropSource(args.data / "ecssd", exclude=held_out)
-    coco = CropSource(args.data / "coco_train", min_area=1000)
     teachers = [load_refiner(path).model.eval() for path in args.teacher]
     student = with_changes(load_refiner(args.student).model, tree_keys=True).eval()
     student.image_encoder.to(memory_format=torch.channels_last)  # type: ignore[union-attr]
-    dataset = CropDataset(
-        [ecssd, ecssd, CropSource(args.data / "ccp"), coco],
-        args.cache,
-        side=112,
-        box_margin=student.config.box_margin,
-        real_share=args.real_share,
-        shares=CompositeShares(),
-        stamps=load_stamps(args.stamps) if args.stamps else (),
-    )
+    dataset = training_mix(args.data, args.cache, args.real_share, args.stamps)
     trained = Student(student)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
     factor = lambda step: min(1.0, (step + 1) / 50, max(0.02, (args.steps - step) / (0.6 * args.steps)))  # noqa: E731
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     averaged = torch.optim.swa_utils.AveragedModel(trained, avg_fn=warming_average(0.99))
-    photos = [m for m in MatchedSet(args.data / "ecssd") if m.file_name in set(held_out)]
-    validation = Validation({"ecssd": photos[:60], "davis": list(MatchedSet(args.data / "davis_dev", limit=60))})
+    validation = Validation(held_out_photos(args.data))
     args.run.mkdir(parents=True, exist_ok=True)
 
     def judge(step: int, loss: float) -> None:

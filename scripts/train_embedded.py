@@ -93,6 +93,28 @@ class Validation:
         return record
 
 
+def training_mix(data: Path, cache: Path, real_share: float, stamps: Path | None) -> CropDataset:
+    """The training photos with their composites; those of ``VALIDATION_LIST`` are left out."""
+    ecssd = CropSource(data / "ecssd", exclude=VALIDATION_LIST.read_text().split())
+    coco = CropSource(data / "coco_train", weight=0.3, min_area=1000)
+    return CropDataset(
+        [ecssd, ecssd, CropSource(data / "ccp"), coco],
+        cache,
+        side=112,
+        box_margin=EMBEDDED.box_margin,
+        real_share=real_share,
+        shares=CompositeShares(),
+        stamps=load_stamps(stamps) if stamps else (),
+    )
+
+
+def held_out_photos(data: Path) -> dict[str, list[MatchedImage]]:
+    """The photos that are watched while a model is trained."""
+    names = set(VALIDATION_LIST.read_text().split())
+    photos = [m for m in MatchedSet(data / "ecssd") if m.file_name in names]
+    return {"ecssd": photos[:60], "davis": list(MatchedSet(data / "davis_dev", limit=60))}
+
+
 def with_context(model: RefinerModel, scales: int) -> RefinerModel:
     """The same model with a wide context, which starts without effect."""
     wider = RefinerModel(replace(model.config, context_scales=scales))
@@ -138,26 +160,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
 
-    held_out = VALIDATION_LIST.read_text().split()
-    ecssd = CropSource(args.data / "ecssd", exclude=held_out)
-    sources = [
-        ecssd,
-        ecssd,
-        CropSource(args.data / "ccp"),
-        CropSource(args.data / "coco_train", weight=0.3, min_area=1000),
-    ]
-    dataset = CropDataset(
-        sources,
-        args.cache,
-        side=112,
-        box_margin=EMBEDDED.box_margin,
-        real_share=args.real_share,
-        shares=CompositeShares(),
-        stamps=load_stamps(args.stamps) if args.stamps else (),
-    )
-    photos = [m for m in MatchedSet(args.data / "ecssd") if m.file_name in set(held_out)]
-    scenes = list(MatchedSet(args.data / "davis_dev", limit=60))
-    validation = Validation({"ecssd": photos[:60], "davis": scenes})
+    dataset = training_mix(args.data, args.cache, args.real_share, args.stamps)
+    validation = Validation(held_out_photos(args.data))
 
     if args.init:
         model = load_refiner(args.init).model
@@ -184,7 +188,8 @@ def main() -> None:
         workers=args.workers,
     )
     loss_config = LossConfig(cross_entropy_weight=args.cross_entropy, nodes_per_level=tuple(args.nodes_per_level))
-    print(f"{len(dataset)} objects, {len(photos)} ECSSD and {len(scenes)} DAVIS photos held out", flush=True)
+    held_out = ", ".join(f"{len(photos)} of {name}" for name, photos in validation.sets.items())
+    print(f"{len(dataset)} objects; photos held out: {held_out}", flush=True)
     train(model, dataset, args.run, config, loss_config, validation)
 
 

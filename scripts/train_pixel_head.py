@@ -34,7 +34,7 @@ from transfiner_refine.data.object_cache import CropSource
 from transfiner_refine.modeling.model import RefinerModel
 from transfiner_refine.modeling.pixel_head import HEAD_SIDE, PixelHead, enlarge
 from transfiner_refine.modeling.transfiner import above_threshold
-from transfiner_refine.training.schedule import is_bf16_native, warming_average
+from transfiner_refine.training.schedule import mixed_precision, warming_average
 
 WIDTHS = (32, 64, 96, 96)
 
@@ -115,7 +115,7 @@ def collect(model: RefinerModel, dataset: RoIPixels, samples: Sample, seed: int)
             dataset.set_epoch(place // len(dataset))
             drawn.append(dataset[int(order[place])])
         crop, roi, coarse, target, pixels, weight = map(torch.stack, zip(*drawn, strict=True))
-        with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16_native(torch.device("cpu"))):
+        with mixed_precision(torch.device("cpu")):
             pyramid = model.image_encoder((crop.float() / 255).contiguous(memory_format=torch.channels_last))
             roi_pyramid = model.transfiner.roi_pyramid(pyramid, roi, torch.arange(len(roi)))
             output = model.transfiner(roi_pyramid, coarse, model.config.depth, select)
@@ -157,7 +157,7 @@ def train(head: PixelHead, samples: Sample, steps: int, learning_rate: float, se
     for step in (bar := trange(steps, desc="Training")):
         pixels, probs, coarse, truth, weight = batch(samples, rng)
         counts = pixel_weights(probs) * weight[:, None, None]
-        with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16_native(torch.device("cpu"))):
+        with mixed_precision(torch.device("cpu")):
             logits = head(pixels, probs, coarse)
         entropy = F.binary_cross_entropy_with_logits(logits.float(), truth, reduction="none")
         loss = (counts * entropy).sum() / counts.sum()

@@ -225,7 +225,7 @@ class TestRuns:
 
     @pytest.mark.parametrize("native", [False, True])
     def test_automatic_precision(self, native: bool, tmp_path: Path, whole_run: Path, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr("transfiner_refine.training.loop.is_bf16_native", lambda device: native)
+        monkeypatch.setattr("transfiner_refine.training.schedule.is_bf16_native", lambda device: native)
         run(tmp_path, config=replace(SIX_STEPS, precision="auto"))
         exact, found = (metrics(directory)[1]["loss"] for directory in (whole_run, tmp_path))
         assert (exact != found) == native

@@ -36,9 +36,9 @@ from transfiner_refine.training.metrics import Bar, MetricsLog, Record, Tracker,
 from transfiner_refine.training.schedule import (
     MicroBatches,
     TrainConfig,
-    is_bf16_native,
     learning_rate_factor,
     mix_seed,
+    mixed_precision,
     validation_interval,
     warming_average,
 )
@@ -192,8 +192,6 @@ class _Run:
         self.average = AveragedModel(self.model, avg_fn=warming_average(config.ema))
         resumed = load_checkpoint(directory, self.model, self.average, self.optimizer)
         self.progress = resumed or Progress()
-        native = config.precision == "auto" and is_bf16_native(self.device)
-        self.is_rounded = native or config.precision == "bf16"
         self.is_new = resumed is None
         self.objective = self.accelerator.prepare(task.objective()).train()
         self.statistics = RunningStatistics(self.model)
@@ -254,7 +252,7 @@ class _Run:
             # Gradients of the processes are averaged once a step.
             is_last = place == places[-1]
             with nullcontext() if is_last else self.accelerator.no_sync(self.objective):
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_rounded):
+                with mixed_precision(self.device, config.precision):
                     losses = self.objective(*batch)
                 loss = torch.stack([value for name, value in losses.items() if name.startswith("loss")]).sum()
                 self.accelerator.backward(loss / len(places))

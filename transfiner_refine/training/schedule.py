@@ -140,6 +140,12 @@ def is_bf16_native(device: torch.device) -> bool:
     return False
 
 
+def mixed_precision(device: torch.device, precision: str = "auto") -> torch.autocast:
+    """The numbers of a forward pass on a device, by :attr:`TrainConfig.precision`."""
+    rounds = precision == "bf16" or (precision == "auto" and is_bf16_native(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=rounds)
+
+
 class MicroBatches(Sampler[list[int]]):
     """Micro-batches of one process: every object at most once an epoch, in an order of seed and epoch alone.
 
