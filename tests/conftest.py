@@ -5,6 +5,7 @@ import ipaddress
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -96,6 +97,25 @@ def source_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ignored = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "runs", "outputs")
     shutil.copytree(REPOSITORY, target, symlinks=True, ignore=ignored)
     return target
+
+
+@pytest.fixture
+def uninstall(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Make an import of a package fail, and modules that may have imported it already be imported anew.
+
+    Afterwards all is as before: packages hold the modules that ``sys.modules`` holds, too.
+    """
+
+    def remove(host: str, *modules: str) -> None:
+        tops = (host, *modules)
+        for name in [name for name in sys.modules if name.startswith(tuple(f"{top}." for top in tops)) or name in tops]:
+            package, _, child = name.rpartition(".")
+            if hasattr(sys.modules.get(package), child):
+                monkeypatch.delattr(sys.modules[package], child)
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, host, None)
+
+    return remove
 
 
 @pytest.fixture

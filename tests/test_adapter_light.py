@@ -1,7 +1,7 @@
 """Results without a model: supervision, Ultralytics and Segment Anything, in and, for supervision, out again."""
 
 import importlib
-import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import cv2
@@ -131,9 +131,8 @@ class TestSupervision:
             adapter.to_detections(Instances(coarse.boxes, coarse.masks.float(), SIZE))
 
 
-def test_a_missing_supervision_is_named(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "supervision", None)
-    monkeypatch.delitem(sys.modules, "transfiner_refine.adapters.supervision", raising=False)
+def test_a_missing_supervision_is_named(uninstall: Callable[..., None]):
+    uninstall("supervision", "transfiner_refine.adapters.supervision")
     with pytest.raises(MissingDependencyError, match="pip install supervision"):
         importlib.import_module("transfiner_refine.adapters.supervision")
 

@@ -4,7 +4,6 @@ import copy
 import importlib
 import json
 import math
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -319,11 +318,9 @@ def test_what_is_no_annotations_file(tmp_path, document, message):
         load_ground_truth(write(tmp_path, document))
 
 
-def test_without_the_library_the_extra_is_named(tmp_path, monkeypatch):
+def test_without_the_library_the_extra_is_named(tmp_path, uninstall):
     annotations, results = coco_set(0)
-    for name in [name for name in sys.modules if name.split(".")[0] == "faster_coco_eval"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    uninstall("faster_coco_eval")
     with pytest.raises(MissingDependencyError, match=r"pip install 'transfiner-refine\[eval\]'"):
         average_precision(load_ground_truth(write(tmp_path, annotations)), results)
 

@@ -318,8 +318,11 @@ class Visitor:
         return text
 
     def wait_for_new(self, selector: str, old: str | None) -> str:
-        """The source of a picture, once it is another than ``old``."""
-        code = "([selector, old]) => (document.querySelector(selector)?.src || old) != old"
+        """The source of a picture, once it is another than ``old`` and has its place, below which all has moved."""
+        code = """([selector, old]) => {
+            const picture = document.querySelector(selector)
+            return picture && picture.src != old && picture.complete && picture.naturalHeight > 0
+        }"""
         self.tab.wait_for_function(code, arg=[selector, old or ""])
         return self.tab.locator(selector).first.get_attribute("src")
 
@@ -352,6 +355,7 @@ def test_example_is_refined_compared_looked_into_and_downloaded(open_page: Calla
     tab.click("#refine")
     assert "There is no photo yet" in visitor.message()
     tab.locator("#examples button").first.click()
+    tab.wait_for_selector("#masks")  # its place is above the button, which a click would miss while it moves
     visitor.wait_for_new("#preview img", None)
     tab.click("#refine")
     tab.wait_for_selector("#status >> text=1 mask refined")

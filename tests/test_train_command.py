@@ -2,7 +2,7 @@
 
 import json
 import re
-import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -193,10 +193,8 @@ class TestErrors:
             line = self.failure(capsys, *options(files, tmp_path / "run", **{name: files.images}))
             assert "--validation-images and --validation-annotations" in line
 
-    def test_training_without_its_packages(self, monkeypatch: pytest.MonkeyPatch):
-        for name in [name for name in sys.modules if name.startswith("transfiner_refine.training.")]:
-            monkeypatch.delitem(sys.modules, name)
-        monkeypatch.setitem(sys.modules, "accelerate", None)
+    def test_training_without_its_packages(self, uninstall: Callable[..., None]):
+        uninstall("accelerate", "transfiner_refine.training")
         with pytest.raises(MissingDependencyError, match=r'pip install "transfiner-refine\[train\]"'):
             import transfiner_refine.training.finetune  # noqa: F401
 
