@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from transfiner_refine.config import REFERENCE_SIDE, ROOT_SIDE
@@ -18,6 +19,7 @@ from transfiner_refine.functional.incoherence import (
     incoherence_map,
     jitter,
 )
+from transfiner_refine.functional.pooling import halve, window_mean
 from transfiner_refine.functional.position import sine_position
 from transfiner_refine.functional.quadtree import (
     child_nodes,
@@ -332,3 +334,11 @@ def test_large_groups_hold_sequences_of_one_length(scale: int, expected: list[li
 def test_no_groups_without_nodes():
     assert list(length_groups([nodes_at(torch.zeros(0, 3).long(), 28)], 4, 1000)) == []
     assert list(length_groups([], 4, 1000)) == []
+
+
+def test_means_over_pixels_are_those_of_pooling(generator: torch.Generator):
+    maps = torch.rand(2, 3, 14, 22, generator=generator)
+    torch.testing.assert_close(halve(maps), F.avg_pool2d(maps, 2))
+    for window in (1, 3, 7):
+        pooled = F.avg_pool2d(maps, window, 1, window // 2, count_include_pad=False)
+        torch.testing.assert_close(window_mean(maps, window), pooled)

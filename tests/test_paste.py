@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from transfiner_refine.functional import paste as paste_module
 from transfiner_refine.functional.boxes import expand_boxes
-from transfiner_refine.functional.crops import OUTSIDE, crop_image
+from transfiner_refine.functional.crops import OUTSIDE, ImageHalves, crop_image
 from transfiner_refine.functional.paste import crop_box_masks, crop_masks, paste
 
 
@@ -195,6 +195,19 @@ def test_pasting_needs_no_more_pixels_at_once_than_agreed(monkeypatch: pytest.Mo
     assert max(seen) <= 500 and len(seen) <= 12
 
 
+def test_paste_into_some_of_many_masks():
+    generator = torch.Generator().manual_seed(0)
+    probs = torch.rand(2, 28, 28, generator=generator)
+    rois = torch.tensor([[3.0, 2.0, 30.0, 21.0], [-4.0, 5.0, 18.0, 50.0]])
+    masks = torch.rand(4, 40, 33, generator=generator) > 0.5
+    chosen, index = masks[[3, 1]], torch.tensor([3, 1])
+    expected = masks.clone()
+    paste(probs, rois, chosen)
+    expected[index] = chosen
+    paste(probs, rois, masks, index=index)
+    assert masks.equal(expected)
+
+
 def test_crop_and_paste_mutate_nothing_else():
     masks = shapes()
     probs, rois, where = torch.rand(4, 8, 8), rois_of(masks), torch.rand(4, 8, 8) < 0.5
@@ -313,6 +326,9 @@ def test_windows_of_different_scales_do_not_disturb_each_other():
     together = crop_image(image, windows, side)
     for index in range(4):
         assert together[index].equal(crop_image(image, windows[index : index + 1], side)[0])
+    halves = ImageHalves(image)
+    for part in (windows[:2], windows):  # cutting from what was halved before
+        assert crop_image(halves, part, side).equal(together[: len(part)])
     assert image.equal(before[0]) and windows.equal(before[1])
 
 

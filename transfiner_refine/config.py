@@ -146,7 +146,7 @@ class RefineOptions:
         token_budget: Tokens held at once, which bounds memory: instances are refined in groups that fit. With the
             embedded model, a call holds less than 64 MB and 36 kB per token beyond its inputs and outputs
             (``pipeline.working_memory``). One instance is never split, so its own tokens may exceed a very small
-            budget; ``max_nodes`` bounds those.
+            budget; ``max_nodes`` bounds those. A CPU takes six instances at once at most, as more would be slower.
         max_nodes: Nodes kept per instance and level, the most incoherent first; None keeps all.
         keep_if_iou_below: A refined mask whose IoU with its coarse mask is below this is replaced by the coarse mask
             and flagged in ``kept_coarse``; 0 accepts every refinement.

@@ -16,7 +16,7 @@ from torch import Tensor
 from transfiner_refine.config import ROOT_SIDE, RefineOptions
 from transfiner_refine.errors import InvalidInputError
 from transfiner_refine.functional.boxes import crop_windows, expand_boxes, touches_image
-from transfiner_refine.functional.crops import crop_image
+from transfiner_refine.functional.crops import OUTSIDE, ImageHalves, crop_image
 from transfiner_refine.functional.paste import crop_box_masks, crop_masks, paste
 from transfiner_refine.functional.quadtree import take_nodes
 from transfiner_refine.functional.sampling import FeatureTable, RoIPyramid
@@ -41,6 +41,9 @@ MAX_ENLARGEMENT = 2.0
 
 TOKENS_PER_INSTANCE = 1024
 """Typical sequence of an instance; the instances of a group are the token budget over this."""
+
+CPU_GROUP = 6
+"""Most instances of a group on a CPU, whose caches and allocator are slower with larger tensors."""
 
 BASE_BYTES, TOKEN_BYTES = 64_000_000, 36_000
 """Bounds of the memory of a call with the embedded model in float32: at rest, and per token of the budget."""
@@ -79,7 +82,7 @@ class Job:
     """One image with its instances, and the results as they grow.
 
     Attributes:
-        image: ``(3, H, W)`` float32 in [0, 1], or None where the features are given.
+        image: The image, float32, or None where the features are given.
         features: The features that were given, or None.
         boxes: ``(N, 4)`` float32 xyxy, image pixels.
         spans: ``(N, 4)`` float32 xyxy, image pixels: the boxes, grown to hold the masks that earlier passes made.
@@ -96,7 +99,7 @@ class Job:
         found: What each group came to, if quadtrees are asked for.
     """
 
-    image: Tensor | None
+    image: ImageHalves | None
     features: FeaturePyramid | None
     boxes: Tensor
     spans: Tensor
@@ -196,12 +199,12 @@ class Pipeline:
             masks = coarse.data.clone() if coarse.data.dtype == torch.bool else coarse.data >= threshold
         if image is not None:
             image = image.to(self.device)
-            image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
+            image = image.float().div_(255) if image.dtype == torch.uint8 else image.float()
         side = ROOT_SIDE << max(self.depth - 1, 0)
         predicts_gain = self.model.gain_predictor is not None and self.depth > 0
         has_area = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
         return Job(
-            image=image,
+            image=None if image is None else ImageHalves(image),
             features=pyramid,
             boxes=boxes,
             spans=boxes.clone(),
@@ -259,10 +262,8 @@ class Pipeline:
             for (job, index), roi in parts:
                 part = slice(start, start + index.shape[0])
                 start = part.stop
-                masks = job.masks[index]
                 was = before[part] if job.coarse.frame == "image" else None
-                paste(pasted[part], roi, masks, options.mask_threshold, where[part], was)
-                job.masks[index] = masks
+                paste(pasted[part], roi, job.masks, options.mask_threshold, where[part], was, index)
                 if number == 0:
                     job.kept_coarse[index] = keep[part]
                     if job.gain is not None and gain is not None:
@@ -341,6 +342,8 @@ class Pipeline:
     def _groups(self, jobs: Sequence[Job]) -> Iterator[Group]:
         """Split the instances of all jobs into groups; instances of several images share a group only as crops."""
         size = max(1, self.options.token_budget // TOKENS_PER_INSTANCE)
+        if self.device.type == "cpu":
+            size = min(size, CPU_GROUP)
         group: Group = []
         room = size
         for job in jobs:
@@ -381,7 +384,7 @@ class Pipeline:
         height, width = job.image_size
         scale = self._scale(job)
         rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
-        pixels = F.interpolate(job.image[None], size=(rows, columns), mode="bilinear", antialias=scale < 1)
+        pixels = F.interpolate(job.image[0], size=(rows, columns), mode="bilinear", antialias=scale < 1).add_(OUTSIDE)
         ratio = torch.tensor([[columns / width, rows / height]], device=self.device)
         return replace(self._encode(pixels), scale=ratio)
 

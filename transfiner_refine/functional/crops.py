@@ -7,18 +7,41 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import roi_align
 
+from transfiner_refine.functional.pooling import halve
+
 OUTSIDE = 127 / 255
 """Grey that fills what lies beyond the image: the image encoder's zero."""
 
 
-def crop_image(image: Tensor, windows: Tensor, side: int, samples: int = 2) -> Tensor:
+class ImageHalves:
+    """An image, half of it, a quarter and so on: each made once, when it is first needed.
+
+    Attributes:
+        levels: ``(1, 3, H / 2**k, W / 2**k)`` float each, less ``OUTSIDE``: what lies beyond is zero.
+
+    Args:
+        image: ``(3, H, W)`` float in [0, 1].
+    """
+
+    def __init__(self, image: Tensor):
+        self.levels = [image[None] - OUTSIDE]
+
+    def __getitem__(self, level: int) -> Tensor:
+        while len(self.levels) <= level:
+            last = self.levels[-1]
+            # An odd last row or column is averaged with what lies outside, as in the full-size image.
+            self.levels.append(halve(F.pad(last, (0, last.shape[3] % 2, 0, last.shape[2] % 2))))
+        return self.levels[level]
+
+
+def crop_image(image: Tensor | ImageHalves, windows: Tensor, side: int, samples: int = 2) -> Tensor:
     """Resample windows of an image to squares of one size, averaging when they shrink.
 
     Each window is read from the first level of a halving image pyramid that is less than twice as fine as the result
     along the window's shorter side.
 
     Args:
-        image: ``(3, H, W)`` float in [0, 1].
+        image: ``(3, H, W)`` float in [0, 1], or its halves where it is cut more than once.
         windows: ``(N, 4)`` float, xyxy pixels; parts beyond the image come out grey (``OUTSIDE``).
         side: Side of the result.
         samples: Samples per pixel of the result and axis; -1 takes one for every pixel of the level, which long windows
@@ -27,15 +50,16 @@ def crop_image(image: Tensor, windows: Tensor, side: int, samples: int = 2) -> T
     Returns:
         ``(N, 3, side, side)`` float.
     """
+    halves = ImageHalves(image) if isinstance(image, Tensor) else image
     shrink = (windows[:, 2:] - windows[:, :2]).amin(dim=1) / side
     level = torch.log2(shrink.clamp(min=1)).floor().long()
-    out = image.new_empty((windows.shape[0], image.shape[0], side, side))
-    shifted = image[None] - OUTSIDE
-    for k in range(int(level.max()) + 1 if level.numel() else 0):
-        if k:
-            # An odd last row or column is averaged with what lies outside, as in the full-size image.
-            shifted = F.avg_pool2d(F.pad(shifted, (0, shifted.shape[3] % 2, 0, shifted.shape[2] % 2)), 2)
+    crops, places = [halves[0].new_empty((0, 3, side, side))], [level[:0]]
+    for k in level.unique().tolist():
         index = (level == k).nonzero()[:, 0]
         boxes = torch.cat([windows.new_zeros((index.shape[0], 1)), windows[index] / 2**k], dim=1)
-        out[index] = roi_align(shifted, boxes.to(shifted.dtype), side, sampling_ratio=samples, aligned=True) + OUTSIDE
-    return out
+        pixels = halves[k]
+        crops.append(roi_align(pixels, boxes.to(pixels.dtype), side, sampling_ratio=samples, aligned=True))
+        places.append(index)
+    if len(crops) == 2:  # windows of one level are in order already
+        return crops[1].add_(OUTSIDE)
+    return torch.cat(crops)[torch.cat(places).argsort()].add_(OUTSIDE)

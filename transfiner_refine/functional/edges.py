@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from transfiner_refine.functional.pooling import halve, window_mean
+
 COLOUR_BINS = 16
 """Bins of each colour channel in the colour model."""
 
@@ -23,7 +25,7 @@ VOTE_COLOUR, VOTE_REACH = 10 / 255, 6.0
 """Deviations of its kernel in colour and in cells."""
 
 
-def guided_filter(pixels: Tensor, mask: Tensor, window: int, eps: float, shrink: int = 2) -> Tensor:
+def guided_filter(pixels: Tensor, mask: Tensor, window: int, eps: float, halvings: int = 1) -> Tensor:
     """Filter masks with colour photos as guides, fitted at a fraction of the resolution.
 
     He, Sun, Tang, *Guided Image Filtering*, TPAMI 2013, Eq. 19 to 21: within each window the mask is fitted as a linear
@@ -35,23 +37,25 @@ def guided_filter(pixels: Tensor, mask: Tensor, window: int, eps: float, shrink:
         mask: ``(R, P, P)`` float32.
         window: Odd side of the windows, in pixels of the shrunken photo.
         eps: Penalty on the slopes, in squared intensities.
-        shrink: Divides the photo's side; the filter is fitted on what is left.
+        halvings: How often the photo's side is halved before the filter is fitted.
 
     Returns:
         ``(R, P, P)`` float32 in [0, 1].
     """
-    guide, target = F.avg_pool2d(pixels, shrink), F.avg_pool2d(mask[:, None], shrink)
+    guide, target = pixels, mask[:, None]
+    for _ in range(halvings):
+        guide, target = halve(guide), halve(target)
     centre = guide.mean(dim=(2, 3), keepdim=True)
     guide = guide - centre  # covariances of small numbers are exacter
     i, j = torch.triu_indices(3, 3)  # the six distinct products of two colours
     products = guide[:, i] * guide[:, j]
-    moments = _window_mean(torch.cat([guide, target, products, guide * target], dim=1), window)
+    moments = window_mean(torch.cat([guide, target, products, guide * target], dim=1), window)
     guide_mean, target_mean, product_mean, joint_mean = moments.split([3, 1, 6, 3], dim=1)
     covariance = product_mean - guide_mean[:, i] * guide_mean[:, j]
     shared = joint_mean - guide_mean * target_mean
     slope = _solve(covariance, eps, shared)
     offset = target_mean - (slope * (guide_mean + centre)).sum(dim=1, keepdim=True)
-    lines = _window_mean(torch.cat([slope, offset], dim=1), window)
+    lines = window_mean(torch.cat([slope, offset], dim=1), window)
     slope, offset = F.interpolate(lines, size=pixels.shape[2:], mode="bilinear").split([3, 1], dim=1)
     return ((slope * pixels).sum(dim=1) + offset[:, 0]).clamp(0, 1)
 
@@ -69,7 +73,7 @@ def like_colours(pixels: Tensor, mask: Tensor) -> Tensor:
     Returns:
         ``(R, P / 2, P / 2)`` float32 in [-1, 1]: where those pixels are object above zero, where there are none zero.
     """
-    colours, votes = F.avg_pool2d(pixels, 2), 2 * F.avg_pool2d(mask[:, None], 2) - 1
+    colours, votes = halve(pixels), 2 * halve(mask[:, None]) - 1
     height, width = votes.shape[2:]
     reach = VOTE_STEPS * VOTE_STRIDE
     around = F.pad(torch.cat([colours, votes], dim=1), (reach, reach, reach, reach), mode="replicate")
@@ -101,7 +105,7 @@ def colour_log_odds(pixels: Tensor, probs: Tensor) -> Tensor:
         return ((channels[:, 0] * COLOUR_BINS + channels[:, 1]) * COLOUR_BINS + channels[:, 2]).flatten(1)
 
     # A quarter of the pixels make the histograms just as well.
-    samples, weights = bins(F.avg_pool2d(pixels, 2)), F.avg_pool2d(probs[:, None], 2).flatten(1)
+    samples, weights = bins(halve(pixels)), halve(probs).flatten(1)
     empty = pixels.new_zeros((rois, COLOUR_BINS**3))
     histograms = torch.stack(
         [empty.scatter_add(1, samples, weights), empty.scatter_add(1, samples, 1 - weights)], dim=1
@@ -116,25 +120,6 @@ def colour_log_odds(pixels: Tensor, probs: Tensor) -> Tensor:
     shares = histograms / histograms.sum(dim=2, keepdim=True).clamp(min=1) + LEAST_SHARE
     odds = torch.log(shares[:, 0] / shares[:, 1]).clamp(-MOST_ODDS, MOST_ODDS) / MOST_ODDS
     return odds.gather(1, bins(pixels)).view(rois, *pixels.shape[2:])
-
-
-def _window_mean(maps: Tensor, window: int) -> Tensor:
-    """Mean over windows, of what of them lies within the maps ``(R, C, H, W)``."""
-    sums, counts = maps, maps.new_ones((1, 1, *maps.shape[2:]))
-    for axis in (2, 3):
-        sums, counts = _window_sum(sums, window, axis), _window_sum(counts, window, axis)
-    return sums / counts
-
-
-def _window_sum(maps: Tensor, window: int, axis: int) -> Tensor:
-    """Sum over windows along one axis. Pooling does the same, several times slower."""
-    half, size = window // 2, maps.shape[axis]
-    padding = (0, 0, half, half) if axis == 2 else (half, half)
-    padded = F.pad(maps, padding)
-    total = padded.narrow(axis, 0, size)
-    for start in range(1, window):
-        total = total + padded.narrow(axis, start, size)
-    return total
 
 
 def _solve(upper: Tensor, eps: float, right: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from torchvision.ops import roi_align
 from transfiner_refine.functional.incoherence import dilate
 from transfiner_refine.functional.sampling import bilinear_rows
 
-CROP_PIXELS = 1 << 24
-"""Mask pixels turned to float at once while cropping (64 MB)."""
+CROP_PIXELS = 1 << 22
+"""Mask pixels turned to float at once while cropping (16 MB)."""
 
 PASTE_PIXELS = 1 << 20
 """Image pixels whose RoI coordinates are held at once while pasting (about 100 MB)."""
@@ -75,6 +75,7 @@ def paste(
     threshold: float = 0.5,
     where: Tensor | None = None,
     before: Tensor | None = None,
+    index: Tensor | None = None,
 ) -> None:
     """Write RoI-frame probabilities, thresholded or as they are, into image-frame masks, in place.
 
@@ -84,12 +85,14 @@ def paste(
     Args:
         probs: ``(N, S, S)`` float, RoI frame.
         rois: ``(N, 4)`` float, xyxy pixels, image frame.
-        masks: ``(N, H, W)``, contiguous, written to: bool, or float to take the probabilities themselves.
+        masks: ``(N, H, W)``, or more with ``index``, contiguous, written to: bool, or float to take the probabilities
+            themselves.
         threshold: Probability from which a pixel belongs to the mask.
         where: ``(N, S, S)`` bool, the cells whose pixels are written; None writes the whole RoI.
         before: ``(N, S, S)`` float, the same cells before they were refined. A pixel is written only where its
             interpolated probability has changed by more than :data:`LEAST_CHANGE`: a mask of pixels has detail that
             cells average away, and where nothing was refined it stays. None writes all.
+        index: ``(N,)`` int64, the masks that are written to; None if there are N.
     """
     height, width = masks.shape[1:]
     side = probs.shape[-1]
@@ -126,7 +129,8 @@ def paste(
         line_v = (part_y + 0.5 - rois[line, 1]) / cell_size[line, 1]
         u = (part_x + 0.5 - rois[pixel_instance, 0]) / cell_size[pixel_instance, 0]
         v = line_v[pixel_line]
-        target = (pixel_instance * height + part_y[pixel_line]) * width + part_x
+        pixel_mask = pixel_instance if index is None else index[pixel_instance]
+        target = (pixel_mask * height + part_y[pixel_line]) * width + part_x
         if chosen is not None:
             cell = (pixel_instance * side + v.long().clamp(max=side - 1)) * side + u.long().clamp(max=side - 1)
             keep = chosen[cell].nonzero()[:, 0]

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transfiner_refine.config import ROOT_SIDE
 from transfiner_refine.functional.edges import guided_filter
 from transfiner_refine.functional.incoherence import dilate
+from transfiner_refine.functional.pooling import halve
 from transfiner_refine.modeling.transfiner import TransfinerOutput
 
 STATISTICS = (
@@ -99,7 +100,7 @@ def edge_statistics(pixels: Tensor, coarse: Tensor, aligned: Tensor, mask_thresh
         ``(R, 4)`` float32, the columns of ``EDGE_STATISTICS``: how undecided the filtered mask is, and how many pixels
         it labels otherwise, both summed and over the length of the outline; of the coarse and of the refined mask.
     """
-    pixels, aligned = F.avg_pool2d(pixels, 2), F.avg_pool2d(aligned[:, None], 2)[:, 0]
+    pixels, aligned = halve(pixels), halve(aligned)
     before = F.interpolate(coarse[:, None], size=aligned.shape[1:], mode="bilinear")[:, 0]
     found = []
     for mask in (before >= mask_threshold, aligned >= mask_threshold):
@@ -127,8 +128,8 @@ def _mean_where(values: Tensor, where: Tensor) -> Tensor:
 
 def _mean_by_roi(values: Tensor, roi: Tensor, count: int, empty: float) -> Tensor:
     """Mean of the values of each of ``count`` RoIs, ``(count,)``; ``empty`` for a RoI without any."""
-    number = values.new_zeros(count).index_add(0, roi, torch.ones_like(values))
-    total = values.new_zeros(count).index_add(0, roi, values)
+    number = values.new_zeros(count).scatter_add(0, roi, torch.ones_like(values))
+    total = values.new_zeros(count).scatter_add(0, roi, values)
     return torch.where(number > 0, total / number.clamp(min=1), empty)
 
 

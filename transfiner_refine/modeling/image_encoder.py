@@ -1,5 +1,7 @@
 """The image encoder: EfficientNet-Lite and a light FPN, so that any image can be refined without a detector."""
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -40,13 +42,18 @@ class ImageEncoder(nn.Module):
             Maps ``(B, C, ceil(H / s), ceil(W / s))`` for s = 2, 4, 8, 16, 32.
         """
         features = self.backbone(images)
-        features = [f * scale for f, scale in zip(features, self.scale, strict=True)]
-        merged = self.lateral[-1](features[-1])
-        maps = [F.relu(self.smooth[-1](merged))]
+        merged = self._lateral(features, -1)
+        maps = [F.relu(self.smooth[-1](merged), inplace=True)]
         for index in range(len(features) - 2, -1, -1):
             height, width = features[index].shape[2:]
             # Each coarse cell covers exactly two fine ones; an odd map's last cell covers one.
             above = F.interpolate(maps[0], scale_factor=2.0, mode="nearest")[:, :, :height, :width]
-            merged = self.lateral[index](features[index]) + above
-            maps.insert(0, F.relu(self.smooth[index - 1](merged) if index else merged))
+            merged = self._lateral(features, index).add_(above)
+            maps.insert(0, F.relu(self.smooth[index - 1](merged) if index else merged, inplace=True))
         return FeaturePyramid(tuple(maps), self.backbone.strides, source="image_encoder")
+
+    def _lateral(self, features: Sequence[Tensor], index: int) -> Tensor:
+        """The lateral convolution of a map brought to unit deviation, by way of the layer's few weights."""
+        layer = self.lateral[index]
+        assert isinstance(layer, nn.Conv2d)
+        return F.conv2d(features[index], layer.weight * self.scale[index], layer.bias)

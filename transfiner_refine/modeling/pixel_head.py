@@ -21,19 +21,20 @@ from torch import Tensor, nn
 
 from transfiner_refine.config import ROOT_SIDE
 from transfiner_refine.functional.edges import colour_log_odds, guided_filter, like_colours
+from transfiner_refine.functional.pooling import halve
 from transfiner_refine.modeling.transfiner import TransfinerOutput
 
 PIXEL_SIDE = 448
 """Side P of the grid on which a RoI's outline is aligned, whatever the depth of the quadtree."""
 
 HEAD_SIDE = PIXEL_SIDE // 2
-"""Side H at which the network works."""
+"""Side H at which the network works, half of that grid's."""
 
 GUIDED_WINDOW, GUIDED_EPS = 7, 1e-4
 """Window of the guided filter that the network is given, in pixels of half of its side, and regularisation."""
 
-LAST_WINDOW, LAST_SHRINK = 3, 4
-"""Window of the guided filter behind the network, in pixels of the grid shrunk so many times."""
+LAST_WINDOW, LAST_HALVINGS = 3, 2
+"""Window of the guided filter behind the network, in pixels of the grid, which is halved so many times."""
 
 NEAR_CELLS = 2
 """Root cells from a node to which the outline may move."""
@@ -57,12 +58,12 @@ class PixelHead(nn.Module):
         # Colours, refined and coarse mask, colour model and guided filter of four pixels, and their vote.
         inputs = 4 * (3 + 4) + 1
         pairs = list(itertools.pairwise(widths))
-        self.stem = nn.Sequential(_convolution(inputs, widths[0]), nn.ReLU(), *_block(widths[0]))
+        self.stem = nn.Sequential(*_layers(inputs, widths[0]), *_layers(widths[0], widths[0]))
         self.down = nn.ModuleList(
-            nn.Sequential(_convolution(fine, coarse, stride=2), nn.ReLU(), *_block(coarse)) for fine, coarse in pairs
+            nn.Sequential(*_layers(fine, coarse, stride=2), *_layers(coarse, coarse)) for fine, coarse in pairs
         )
         self.lateral = nn.ModuleList(_convolution(coarse, fine, kernel=1) for fine, coarse in pairs)
-        self.up = nn.ModuleList(_block(width) for width in widths[:-1])
+        self.up = nn.ModuleList(_layers(width, width) for width in widths[:-1])
         self.out = nn.Conv2d(widths[0], 4, 1)
         nn.init.zeros_(self.out.weight)
         assert self.out.bias is not None
@@ -93,7 +94,7 @@ class PixelHead(nn.Module):
             maps.append(down(maps[-1]))
         x = maps.pop()
         for lateral, up in zip(reversed(self.lateral), reversed(self.up), strict=True):
-            x = up(maps.pop() + F.interpolate(lateral(x), scale_factor=2.0, mode="nearest"))
+            x = up(F.interpolate(lateral(x), scale_factor=2.0, mode="nearest").add_(maps.pop()))
         return logits + F.pixel_shuffle(self.out(x).float(), 2)[:, 0]
 
 
@@ -106,8 +107,8 @@ def _convolution(inputs: int, outputs: int, stride: int = 1, kernel: int = 3) ->
     return layer
 
 
-def _block(width: int) -> nn.Sequential:
-    return nn.Sequential(_convolution(width, width), nn.ReLU())
+def _layers(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(_convolution(inputs, outputs, stride), nn.ReLU(inplace=True))
 
 
 def enlarge(maps: Tensor, side: int = PIXEL_SIDE) -> Tensor:
@@ -133,8 +134,8 @@ def align(head: PixelHead, pixels: Tensor, output: TransfinerOutput, coarse: Ten
     near = F.adaptive_max_pool2d(output.touched[:, None].float(), ROOT_SIDE)
     near = F.max_pool2d(near, 2 * NEAR_CELLS + 1, stride=1, padding=NEAR_CELLS)
     near_cells, near_pixels = (F.interpolate(near, size=(s, s), mode="nearest")[:, 0] > 0 for s in (side, PIXEL_SIDE))
-    found = torch.sigmoid(head(F.avg_pool2d(pixels, PIXEL_SIDE // HEAD_SIDE), output.probs, coarse))
-    found = guided_filter(pixels, enlarge(found[:, None])[:, 0], LAST_WINDOW, GUIDED_EPS, LAST_SHRINK)
+    found = torch.sigmoid(head(halve(pixels), output.probs, coarse))
+    found = guided_filter(pixels, enlarge(found[:, None])[:, 0], LAST_WINDOW, GUIDED_EPS, LAST_HALVINGS)
     aligned = torch.where(near_pixels, found, refined)
     correction = F.adaptive_avg_pool2d((aligned - refined)[:, None], side)[:, 0]
     probs = torch.where(near_cells, (output.probs + correction).clamp(0, 1), output.probs)

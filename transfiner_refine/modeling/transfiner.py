@@ -268,7 +268,9 @@ class SharedKeys:
         batch, _, channels = tokens.shape
         row = self.slot + torch.arange(batch, device=tokens.device)[:, None] * self.size  # (B, T)
         shares = (tokens * self.weight[..., None]).flatten(0, 1)
-        means = shares.new_zeros((batch * self.size, channels)).index_add(0, row.flatten(), shares)
+        row = row.flatten()[:, None].expand_as(shares)
+        # Not index_add: where rows repeat, onnxruntime's threads overwrite one another's sums.
+        means = shares.new_zeros((batch * self.size, channels)).scatter_add(0, row, shares)
         return means.unflatten(0, (batch, self.size))
 
 
