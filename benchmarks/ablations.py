@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import typer
 from baselines import load_refiner, with_network
+from baselines.grids import GridDetector
 from baselines.model import FRESH
 from dataset import DATA, ECSSD_VALIDATION, open_set
 from measure import counting, measure
@@ -122,8 +123,8 @@ class Figures:
         processor_seconds: For an instance, the image encoder included.
         gflops: Of the network for an instance, without the image encoder.
         peak_mb: Most memory that a call added, in megabytes; None where that is not known.
-        recall: Of the incoherence detector, level by level.
-        accuracy: Of the incoherence detector, level by level.
+        recall: Of the incoherence detector, level by level; empty where all cells of a level are refined.
+        accuracy: As recall.
     """
 
     gains: dict[str, list[float]]
@@ -197,13 +198,16 @@ def judge(refiner: Refiner, data: Path, limit: int, console: Console) -> Figures
     samples = list(open_set(data, "ecssd_validation", 20))
     counts = [DetectorCounts()] * refiner.config.depth
     flops, number = 0, 0
+    finds = not isinstance(refiner.model.transfiner.incoherence_detector, GridDetector)
+    options = RefineOptions(passes=1, keep_if_gain_below=-1.0, return_quadtree=finds)
     for sample in samples:
-        options = RefineOptions(passes=1, keep_if_gain_below=-1.0, return_quadtree=True)
         with counting() as counter:
             out = refiner.refine(sample.image, boxes=sample.boxes, masks=sample.coarse, options=options)
         by_module = counter.get_flop_counts()
         flops += sum(by_module["Global"].values()) - sum(by_module["ImageEncoder"].values())
         number += len(sample.boxes)
+        if not finds:
+            continue
         levels = detector_counts(out, torch.from_numpy(sample.truth))
         counts = [total + one for total, one in zip(counts, levels, strict=True)]
     return Figures(
@@ -211,8 +215,8 @@ def judge(refiner: Refiner, data: Path, limit: int, console: Console) -> Figures
         processor_seconds=seconds / instances,
         gflops=flops / number / 1e9,
         peak_mb=None if peak is None else peak / 1e6,
-        recall=[level.recall for level in counts],
-        accuracy=[level.accuracy for level in counts],
+        recall=[level.recall for level in counts] if finds else [],
+        accuracy=[level.accuracy for level in counts] if finds else [],
     )
 
 

@@ -38,6 +38,7 @@ VARIANTS: dict[str, RefineOptions] = {
     'encode="crops"': RefineOptions(encode="crops"),
     'encode="image"': RefineOptions(encode="image"),
     "keep_if_gain_below=-1": RefineOptions(keep_if_gain_below=-1.0),
+    "keep_if_gain_below=0": RefineOptions(keep_if_gain_below=0.0),
     "keep_if_gain_below=0.05": RefineOptions(keep_if_gain_below=0.05),
     "keep_if_iou_below=0": RefineOptions(keep_if_iou_below=0.0),
     "dtype=torch.bfloat16": RefineOptions(),
