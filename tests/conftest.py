@@ -101,14 +101,13 @@ def source_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def uninstall(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Make an import of a package fail, and modules that may have imported it already be imported anew.
+    """Make an import of a package fail, and modules that may have it already, by the start of their names, come anew.
 
     Afterwards all is as before: packages hold the modules that ``sys.modules`` holds, too.
     """
 
-    def remove(host: str, *modules: str) -> None:
-        tops = (host, *modules)
-        for name in [name for name in sys.modules if name.startswith(tuple(f"{top}." for top in tops)) or name in tops]:
+    def remove(host: str, *starts: str) -> None:
+        for name in [name for name in sys.modules if name == host or name.startswith((f"{host}.", *starts))]:
             package, _, child = name.rpartition(".")
             if hasattr(sys.modules.get(package), child):
                 monkeypatch.delattr(sys.modules[package], child)
