@@ -196,9 +196,9 @@ def judge(refiner: Refiner, data: Path, limit: int, console: Console) -> Figures
         instances += figures.count
         peak = result.scores["refined"].peak if peak is None else max(peak, result.scores["refined"].peak or 0)
     samples = list(open_set(data, "ecssd_validation", 20))
-    counts = [DetectorCounts()] * refiner.config.depth
     flops, number = 0, 0
     finds = not isinstance(refiner.model.transfiner.incoherence_detector, GridDetector)
+    counts = [DetectorCounts()] * refiner.config.depth if finds else []
     options = RefineOptions(passes=1, keep_if_gain_below=-1.0, return_quadtree=finds)
     for sample in samples:
         with counting() as counter:
@@ -206,17 +206,16 @@ def judge(refiner: Refiner, data: Path, limit: int, console: Console) -> Figures
         by_module = counter.get_flop_counts()
         flops += sum(by_module["Global"].values()) - sum(by_module["ImageEncoder"].values())
         number += len(sample.boxes)
-        if not finds:
-            continue
-        levels = detector_counts(out, torch.from_numpy(sample.truth))
-        counts = [total + one for total, one in zip(counts, levels, strict=True)]
+        if finds:
+            levels = detector_counts(out, torch.from_numpy(sample.truth))
+            counts = [total + one for total, one in zip(counts, levels, strict=True)]
     return Figures(
         gains=gains,
         processor_seconds=seconds / instances,
         gflops=flops / number / 1e9,
         peak_mb=None if peak is None else peak / 1e6,
-        recall=[level.recall for level in counts] if finds else [],
-        accuracy=[level.accuracy for level in counts] if finds else [],
+        recall=[level.recall for level in counts],
+        accuracy=[level.accuracy for level in counts],
     )
 
 

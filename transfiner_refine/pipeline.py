@@ -82,7 +82,7 @@ class Job:
     """One image with its instances, and the results as they grow.
 
     Attributes:
-        image: The image, float32, or None where the features are given.
+        image: The image, of float32 in [0, 1], with its halves; None where the features are given.
         features: The features that were given, or None.
         boxes: ``(N, 4)`` float32 xyxy, image pixels.
         spans: ``(N, 4)`` float32 xyxy, image pixels: the boxes, grown to hold the masks that earlier passes made.
