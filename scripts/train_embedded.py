@@ -93,12 +93,17 @@ class Validation:
         return record
 
 
-def training_mix(data: Path, cache: Path, real_share: float, stamps: Path | None) -> CropDataset:
-    """The training photos with their composites; those of ``VALIDATION_LIST`` are left out."""
+def training_sources(data: Path) -> tuple[CropSource, CropSource, CropSource]:
+    """The training photos of ECSSD, CCP and COCO; those of ``VALIDATION_LIST`` are left out."""
     ecssd = CropSource(data / "ecssd", exclude=VALIDATION_LIST.read_text().split())
-    coco = CropSource(data / "coco_train", weight=0.3, min_area=1000)
+    return ecssd, CropSource(data / "ccp"), CropSource(data / "coco_train", weight=0.3, min_area=1000)
+
+
+def training_mix(data: Path, cache: Path, real_share: float, stamps: Path | None) -> CropDataset:
+    """The training photos with their composites."""
+    ecssd, ccp, coco = training_sources(data)
     return CropDataset(
-        [ecssd, ecssd, CropSource(data / "ccp"), coco],
+        [ecssd, ecssd, ccp, coco],
         cache,
         side=112,
         box_margin=EMBEDDED.box_margin,

@@ -105,14 +105,17 @@ class ObjectCache:
         max_side: Objects whose longer side, with a margin of an eighth on both ends, exceeds this are shrunk to it.
         max_detections: Real coarse masks kept per object.
 
+    Attributes:
+        name: Of the cache files; another one if the dataset or its files are others.
+
     Raises:
         InvalidInputError: If the dataset's annotations or one of its images cannot be read.
     """
 
     def __init__(self, source: CropSource, directory: Path, max_side: int = 320, max_detections: int = 3) -> None:
         self.source = source
-        name = f"{Path(source.directory).resolve().name}-{_digest(source, max_side, max_detections)}"
-        self._data_path, index_path = directory / f"{name}.bin", directory / f"{name}.json"
+        self.name = f"{Path(source.directory).resolve().name}-{_digest(source, max_side, max_detections)}"
+        self._data_path, index_path = directory / f"{self.name}.bin", directory / f"{self.name}.json"
         if not index_path.exists():
             directory.mkdir(parents=True, exist_ok=True)
             objects = _build(source, self._data_path, max_side, max_detections)

@@ -1,0 +1,83 @@
+"""Give the objects of a data set sharper masks where MobileSAM agrees with its annotations: COCO's are polygons.
+
+    python scripts/sharpen_masks.py SAM_DIR DATASET_DIR OUTPUT_DIR
+
+MobileSAM (SAM_DIR as for ``collect_features.py``) is asked about the box of each annotation, and of its masks the one
+most like the annotation takes its place if their IoU is above 0.8. OUTPUT_DIR gets ``annotations.json``, and links to
+DATASET_DIR's photos and detections.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from transfiner_refine.functional.rle import decode_batch, encode
+
+AGREE = 0.8
+"""IoU with the annotation above which MobileSAM's mask is taken."""
+
+MIN_AREA = 1000
+"""Pixels of the smallest object that is asked about."""
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("mobile_sam", type=Path, help="folder with segment_any/mobile_sam and checkpoints")
+    parser.add_argument("dataset", type=Path)
+    parser.add_argument("output", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    sys.path.insert(0, str(args.mobile_sam / "segment_any"))
+    package = importlib.import_module("mobile_sam")
+    model = package.sam_model_registry["vit_t"](checkpoint=None)
+    weights = torch.load(args.mobile_sam / "checkpoints" / "mobile_sam.pt", map_location="cpu", weights_only=True)
+    model.load_state_dict(weights)
+    predictor = package.SamPredictor(model.eval())
+
+    document = json.loads((args.dataset / "annotations.json").read_text())
+    of_image = defaultdict(list)
+    for annotation in document["annotations"]:
+        if not annotation.get("iscrowd"):
+            of_image[annotation["image_id"]].append(annotation)
+    taken, asked = 0, 0
+    for image in tqdm(document["images"]):
+        rgb = np.asarray(Image.open(args.dataset / "images" / image["file_name"]).convert("RGB"))
+        annotations = of_image[image["id"]]
+        masks = decode_batch([x["segmentation"] for x in annotations], rgb.shape[:2])
+        chosen = np.flatnonzero(masks.sum((1, 2)) >= MIN_AREA)
+        if not len(chosen):
+            continue
+        predictor.set_image(rgb)
+        for index in chosen.tolist():
+            mask = masks[index]
+            x, y, w, h = cv2.boundingRect(mask.astype(np.uint8))
+            found, _, _ = predictor.predict(box=np.array([x, y, x + w, y + h]), multimask_output=True)
+            ious = (found & mask).sum((1, 2)) / (found | mask).sum((1, 2))
+            asked += 1
+            if ious.max() > AGREE:
+                annotations[index]["segmentation"] = encode(found[ious.argmax()][None])[0]
+                taken += 1
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "annotations.json").write_text(json.dumps(document))
+    for name in ("images", "detections.json"):
+        link = args.output / name
+        if not link.is_symlink():
+            link.symlink_to((args.dataset / name).resolve())
+    print(f"{taken} of {asked} masks taken")
+
+
+if __name__ == "__main__":
+    main()
