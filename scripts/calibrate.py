@@ -86,7 +86,7 @@ def main() -> None:
         scores[thresholds] = record["score"]
         print(thresholds, {name: round(value, 4) for name, value in record.items()}, flush=True)
     best = max(wanted, key=lambda thresholds: scores.get(thresholds, 0.0))
-    refiner = predicting(calibrated(*best), photos + list(MatchedSet(args.data / "pennfudan", limit=85)))
+    refiner = predicting(calibrated(*best), photos + list(MatchedSet(args.data / "pennfudan")))
     print(f"{best} of {scores}: {refiner.save_pretrained(args.output)}")
 
 

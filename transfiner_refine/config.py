@@ -168,7 +168,7 @@ class RefineOptions:
     token_budget: int = 16384
     max_nodes: int | None = None
     keep_if_iou_below: float = 0.5
-    keep_if_gain_below: float = 0.01
+    keep_if_gain_below: float = 0.005
     align_pixels: bool = True
     encode: Literal["auto", "image", "crops"] = "auto"
     return_quadtree: bool = False
