@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,19 +28,18 @@ from dataset import DATA  # pyright: ignore[reportMissingImports]
 from train_embedded import (  # pyright: ignore[reportMissingImports]
     Validation,
     held_out_photos,
-    training_sources,
+    training_mix,
     with_changes,
 )
 
 from transfiner_refine import Refiner
 from transfiner_refine.data.augment import compose
-from transfiner_refine.data.composite import CompositeShares, load_stamps
 from transfiner_refine.data.crops import CROP_SIDE, CropDataset
 from transfiner_refine.data.object_cache import CropSource
 from transfiner_refine.modeling.hub import save_model
 from transfiner_refine.modeling.model import RefinerModel
 from transfiner_refine.training.loop import run_task
-from transfiner_refine.training.losses import LossConfig, refinement_losses
+from transfiner_refine.training.losses import LossConfig, RefinementLoss
 from transfiner_refine.training.metrics import Record
 from transfiner_refine.training.schedule import TrainConfig, freeze, parameter_groups
 from transfiner_refine.training.task import CropTask
@@ -49,8 +49,6 @@ STRIDES = (8, 16)
 
 DEVIATION = 0.065
 """Rough standard deviation of MobileSAM's features."""
-
-MARGIN = 0.125
 
 
 class TaughtSample(NamedTuple):
@@ -84,7 +82,6 @@ class TaughtCrops(CropDataset):
 
     def __getitem__(self, index: int) -> TaughtSample:  # type: ignore[override]
         draw = self.draw(index)
-        coarse, target = self.masks(draw)
         side = CROP_SIDE // STRIDES[0]
         k, row = self._rows[index]
         known = self._features[k]
@@ -96,14 +93,8 @@ class TaughtCrops(CropDataset):
             features = known.sampled(row, self._caches[k].objects[row], places) / DEVIATION
         else:
             features = torch.zeros(CHANNELS, side, side)
-        return TaughtSample(
-            image=self.pixels(draw, draw.placed, CROP_SIDE),
-            roi=torch.from_numpy(draw.crop_roi).float(),
-            coarse=coarse,
-            target=target,
-            weight=torch.tensor(draw.weight, dtype=torch.float32),
-            features=features.half(),
-        )
+        sample = self.sample(index, draw)
+        return TaughtSample(sample.image, sample.roi, sample.coarse, sample.target, sample.weight, features.half())
 
 
 class Taught(nn.Module):
@@ -122,24 +113,20 @@ class TaughtLoss(nn.Module):
 
     def __init__(self, model: Taught, config: LossConfig, weight: float):
         super().__init__()
-        self.model, self.config, self.weight = model, config, weight
+        self.model, self.usual, self.weight = model, RefinementLoss(model.refiner, config), weight
 
     def forward(
         self, image: Tensor, roi: Tensor, coarse: Tensor, truth: Tensor, weight: Tensor, features: Tensor
     ) -> dict[str, Tensor]:
         """Losses of a batch; see ``TaughtSample``."""
-        refiner = self.model.refiner
-        assert refiner.image_encoder is not None
-        pixels = (image.float() / 255).contiguous(memory_format=torch.channels_last)
-        pyramid = refiner.image_encoder(pixels)
-        roi_pyramid = refiner.transfiner.roi_pyramid(pyramid, roi, torch.arange(len(roi), device=roi.device))
-        losses = refinement_losses(refiner.transfiner, roi_pyramid, coarse, truth, weight, self.config)
+        pyramid = self.usual.encode(image)
+        losses = self.usual.of_features(pyramid, roi, coarse, truth, weight)
         known = (features != 0).any(dim=1, keepdim=True).float()
         errors = []
         for stride, reader in zip(STRIDES, self.model.readers, strict=True):
             step = stride // STRIDES[0]
             target, where = F.avg_pool2d(features.float(), step), F.avg_pool2d(known, step) == 1
-            told = reader(pyramid.maps[refiner.config.strides.index(stride)])
+            told = reader(pyramid.maps[pyramid.strides.index(stride)])
             squares = (told - target).square().mean(dim=1, keepdim=True)
             spread = (where * target.square().mean(dim=1, keepdim=True)).sum()
             errors.append((where * squares).sum() / spread.clamp(min=1e-6))
@@ -152,7 +139,7 @@ class TaughtTask(CropTask):
 
     model: Taught  # type: ignore[assignment]
 
-    def __init__(self, model: Taught, dataset: TaughtCrops, config: LossConfig, validate: Validation, weight: float):
+    def __init__(self, model: Taught, dataset: CropDataset, config: LossConfig, validate: Validation, weight: float):
         super().__init__(model.refiner, dataset, config, validate, {"features": weight})
         self._record = super().record
         self.model, self.weight = model, weight
@@ -212,16 +199,13 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     torch.manual_seed(args.seed)
-    ecssd, ccp, coco = training_sources(args.data)
-    dataset = TaughtCrops(
-        args.features,
-        [ecssd, ecssd, ccp, coco, *(CropSource(folder, weight=0.8, min_area=1000) for folder in args.more)],
+    dataset = training_mix(
+        args.data,
         args.cache,
-        side=112,
-        box_margin=MARGIN,
-        real_share=args.real_share,
-        shares=CompositeShares(),
-        stamps=load_stamps(args.stamps) if args.stamps else (),
+        args.real_share,
+        args.stamps,
+        more=[CropSource(folder, weight=0.8, min_area=1000) for folder in args.more],
+        make=partial(TaughtCrops, args.features),
         seed=args.seed,
     )
     refiner = with_changes(Refiner.from_pretrained(args.init).model)

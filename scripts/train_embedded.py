@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,17 +100,27 @@ def training_sources(data: Path) -> tuple[CropSource, CropSource, CropSource]:
     return ecssd, CropSource(data / "ccp"), CropSource(data / "coco_train", weight=0.3, min_area=1000)
 
 
-def training_mix(data: Path, cache: Path, real_share: float, stamps: Path | None) -> CropDataset:
-    """The training photos with their composites."""
+def training_mix(
+    data: Path,
+    cache: Path,
+    real_share: float,
+    stamps: Path | None,
+    *,
+    more: Sequence[CropSource] = (),
+    make: Callable[..., CropDataset] = CropDataset,
+    seed: int = 0,
+) -> CropDataset:
+    """The training photos with their composites, and ``more`` sources; ``make`` makes the data set of them."""
     ecssd, ccp, coco = training_sources(data)
-    return CropDataset(
-        [ecssd, ecssd, ccp, coco],
+    return make(
+        [ecssd, ecssd, ccp, coco, *more],
         cache,
         side=112,
         box_margin=EMBEDDED.box_margin,
         real_share=real_share,
         shares=CompositeShares(),
         stamps=load_stamps(stamps) if stamps else (),
+        seed=seed,
     )
 
 

@@ -168,7 +168,10 @@ class CropDataset(Dataset[CropSample]):
         return len(self._entries)
 
     def __getitem__(self, index: int) -> CropSample:
-        draw = self.draw(index)
+        return self.sample(index, self.draw(index))
+
+    def sample(self, index: int, draw: Draw) -> CropSample:
+        """Make the sample of an object from its random choices."""
         coarse, target = self.masks(draw)
         return CropSample(
             image=self.pixels(draw, draw.placed, CROP_SIDE),

@@ -16,7 +16,7 @@ from transfiner_refine.functional.sampling import RoIPyramid
 from transfiner_refine.modeling.model import RefinerModel
 from transfiner_refine.modeling.transfiner import MaskTransfiner
 from transfiner_refine.training.targets import Targets, make_targets
-from transfiner_refine.types import LevelNodes
+from transfiner_refine.types import FeaturePyramid, LevelNodes
 
 
 @dataclass(frozen=True)
@@ -143,9 +143,17 @@ class RefinementLoss(nn.Module):
         Returns:
             See :func:`refinement_losses`.
         """
+        return self.of_features(self.encode(image), roi, coarse, truth, weight)
+
+    def encode(self, image: Tensor) -> FeaturePyramid:
+        """Feature pyramid of a batch of crops, ``(R, 3, H, W)`` uint8 RGB."""
         assert self.model.image_encoder is not None
-        pixels = (image.float() / 255).contiguous(memory_format=torch.channels_last)
-        pyramid = self.model.image_encoder(pixels)
+        return self.model.image_encoder((image.float() / 255).contiguous(memory_format=torch.channels_last))
+
+    def of_features(
+        self, pyramid: FeaturePyramid, roi: Tensor, coarse: Tensor, truth: Tensor, weight: Tensor
+    ) -> dict[str, Tensor]:
+        """Losses of a batch whose feature pyramid is at hand; see :meth:`forward`."""
         transfiner = self.model.transfiner
         roi_pyramid = transfiner.roi_pyramid(pyramid, roi, torch.arange(roi.shape[0], device=roi.device))
         return refinement_losses(transfiner, roi_pyramid, coarse, truth, weight, self.config)
