@@ -17,10 +17,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image
-from pycocotools import mask as mask_utils
 from sharpen_masks import write_beside  # pyright: ignore[reportMissingImports]
 from teacher import BoxSegmenter  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
@@ -72,13 +72,12 @@ def found_objects(
         if expected.max() < SURE or not agrees or (mask & known).sum() > KNOWN * mask.sum():
             continue
         known |= mask
-        segmentation = encode(mask[None])[0]
         found.append(
             {
                 "image_id": detection["image_id"],
                 "category_id": detection["category_id"],
-                "segmentation": segmentation,
-                "bbox": mask_utils.toBbox(segmentation).tolist(),
+                "segmentation": encode(mask[None])[0],
+                "bbox": list(cv2.boundingRect(mask.astype(np.uint8))),
                 "area": int(mask.sum()),
                 "iscrowd": 0,
             }
@@ -108,7 +107,7 @@ def main() -> None:
         masks = decode_batch([document["annotations"][i]["segmentation"] for i in annotated.get(image["id"], [])], size)
         rgb = np.asarray(Image.open(args.dataset / "images" / image["file_name"]).convert("RGB"))
         detections = [results[i] for i in detected.get(image["id"], [])]
-        found, count = found_objects(detections, masks.any(0), partial(segmenter, rgb))
+        found, count = found_objects(detections, np.asarray(masks.any(0)), partial(segmenter, rgb))
         objects += found
         asked += count
     for number, entry in enumerate(objects, 1):
