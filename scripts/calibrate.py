@@ -18,9 +18,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from baselines import load_refiner  # pyright: ignore[reportMissingImports]
-from dataset import DATA, MatchedImage, MatchedSet  # pyright: ignore[reportMissingImports]
+from dataset import DATA, MatchedImage, MatchedSet, open_set  # pyright: ignore[reportMissingImports]
 from methods import Coarse, start_from  # pyright: ignore[reportMissingImports]
-from train_embedded import VALIDATION_LIST, Validation, with_changes  # pyright: ignore[reportMissingImports]
+from train_embedded import Validation, with_changes  # pyright: ignore[reportMissingImports]
 
 from transfiner_refine import RefineOptions, Refiner
 from transfiner_refine.evaluation import boundary_iou
@@ -67,8 +67,7 @@ def main() -> None:
     parser.add_argument("--thresholds", type=float, nargs=2, metavar=("ROOT", "FINER"), help="do not search for them")
     args = parser.parse_args()
     torch.set_flush_denormal(True)
-    held_out = set(VALIDATION_LIST.read_text().split())
-    photos = [m for m in MatchedSet(args.data / "ecssd") if m.file_name in held_out]
+    photos = list(open_set(args.data, "ecssd_validation"))
     validation = Validation({"ecssd": photos, "pennfudan": list(MatchedSet(args.data / "pennfudan", limit=40))})
 
     def calibrated(root: float, finer: float) -> Refiner:

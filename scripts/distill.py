@@ -57,9 +57,8 @@ def disagreement(teachers: list[RefinerModel], student: RefinerModel, batch: Cro
     network, depth = student.transfiner, student.config.depth
     with mixed_precision(torch.device("cpu")):
         with torch.no_grad():
-            assert student.image_encoder is not None
-            pixels = (batch.image.float() / 255).contiguous(memory_format=torch.channels_last)
-            pyramid = network.roi_pyramid(student.image_encoder(pixels), batch.roi, torch.arange(len(batch.roi)))
+            features = student.encode_crops(batch.image)
+            pyramid = network.roi_pyramid(features, batch.roi, torch.arange(len(batch.roi)))
             levels = coarse_levels(batch.coarse, depth)
             found = network.incoherence_detector(pyramid, levels, depth, above_threshold(0.5))
             given = (pyramid, levels, found.guidance, found.quadtree)

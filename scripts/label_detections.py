@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,10 +25,13 @@ from PIL import Image
 from sharpen_masks import write_beside  # pyright: ignore[reportMissingImports]
 from teacher import BoxSegmenter  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
-from train_embedded import VALIDATION_LIST  # pyright: ignore[reportMissingImports]
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from dataset import ECSSD_VALIDATION  # pyright: ignore[reportMissingImports]
 
 from transfiner_refine.data.coco import Result, group_by_image, load_results
-from transfiner_refine.functional.rle import decode_batch, encode
+from transfiner_refine.functional.rle import decode, decode_batch, encode
 
 MIN_SCORE = 0.25
 """Of the detections that are asked about."""
@@ -59,10 +63,11 @@ def found_objects(
         COCO annotations without ids, and how many detections were asked about.
     """
     known, found, asked = known.copy(), [], 0
-    for detection in sorted(detections, key=lambda entry: -entry["score"]):
-        coarse = decode_batch([detection["segmentation"]], known.shape)[0]
+    likely = [entry for entry in detections if entry["score"] >= MIN_SCORE]
+    for detection in sorted(likely, key=lambda entry: -entry["score"]):
+        coarse = decode(detection["segmentation"], known.shape)
         area = coarse.sum()
-        if detection["score"] < MIN_SCORE or area < MIN_AREA or (coarse & known).sum() > KNOWN * area:
+        if area < MIN_AREA or (coarse & known).sum() > KNOWN * area:
             continue
         x, y, w, h = detection["bbox"]
         candidates, expected = ask(np.array([x, y, x + w, y + h]))
@@ -99,8 +104,7 @@ def main() -> None:
     document = json.loads((args.dataset / "annotations.json").read_text())
     results = load_results(args.dataset / "detections.json")
     annotated, detected = group_by_image(document["annotations"]), group_by_image(results)
-    held_out = set(VALIDATION_LIST.read_text().split())
-    images = [image for image in document["images"] if image["file_name"] not in held_out]
+    images = [image for image in document["images"] if image["file_name"] not in ECSSD_VALIDATION]
     objects, asked = [], 0
     for image in tqdm(images[args.part[0] :: args.part[1]]):
         size = image["height"], image["width"]

@@ -2,7 +2,7 @@
 
     python scripts/sharpen_masks.py SAM_DIR DATASET_DIR OUTPUT_DIR
 
-MobileSAM (SAM_DIR as for ``collect_features.py``) is asked about the box of each annotation, and of its masks the one
+MobileSAM (SAM_DIR, see ``teacher.py``) is asked about the box of each annotation, and of its masks the one
 most like the annotation takes its place if their IoU is above 0.8. OUTPUT_DIR gets ``annotations.json``, and links to
 DATASET_DIR's photos and detections.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from PIL import Image
 from teacher import BoxSegmenter  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
 
+from transfiner_refine.data.coco import group_by_image, write_json_atomic
 from transfiner_refine.functional.rle import decode_batch, encode
 
 AGREE = 0.8
@@ -34,7 +34,7 @@ MIN_AREA = 1000
 def write_beside(dataset: Path, output: Path, document: dict[str, Any]) -> None:
     """Write a data set with other annotations, and links to the photos and detections of the one it comes from."""
     output.mkdir(parents=True, exist_ok=True)
-    (output / "annotations.json").write_text(json.dumps(document))
+    write_json_atomic(output / "annotations.json", document)
     for name in ("images", "detections.json"):
         link = output / name
         if not link.is_symlink():
@@ -53,14 +53,12 @@ def main() -> None:
     segmenter = BoxSegmenter(args.mobile_sam)
 
     document = json.loads((args.dataset / "annotations.json").read_text())
-    of_image = defaultdict(list)
-    for annotation in document["annotations"]:
-        if not annotation.get("iscrowd"):
-            of_image[annotation["image_id"]].append(annotation)
+    single = [annotation for annotation in document["annotations"] if not annotation.get("iscrowd")]
+    of_image = group_by_image(single)
     taken, asked = 0, 0
     for image in tqdm(document["images"]):
         rgb = np.asarray(Image.open(args.dataset / "images" / image["file_name"]).convert("RGB"))
-        annotations = of_image[image["id"]]
+        annotations = [single[i] for i in of_image.get(image["id"], [])]
         masks = decode_batch([x["segmentation"] for x in annotations], rgb.shape[:2])
         chosen = np.flatnonzero(masks.sum((1, 2)) >= MIN_AREA)
         if not len(chosen):

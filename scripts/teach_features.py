@@ -126,7 +126,7 @@ class TaughtLoss(nn.Module):
         self, image: Tensor, roi: Tensor, coarse: Tensor, truth: Tensor, weight: Tensor, features: Tensor
     ) -> dict[str, Tensor]:
         """Losses of a batch; see ``TaughtSample``."""
-        pyramid = self.usual.encode(image)
+        pyramid = self.model.refiner.encode_crops(image)
         losses = self.usual.of_features(pyramid, roi, coarse, truth, weight)
         known = (features != 0).any(dim=1, keepdim=True).float()
         errors = []

@@ -20,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from baselines import NETWORKS, load_refiner, with_network  # pyright: ignore[reportMissingImports]
-from dataset import DATA, MatchedImage, MatchedSet  # pyright: ignore[reportMissingImports]
+from dataset import DATA, ECSSD_VALIDATION, MatchedImage, MatchedSet, open_set  # pyright: ignore[reportMissingImports]
 from fetch_backbone import imagenet_weights  # pyright: ignore[reportMissingImports]
 
 from transfiner_refine import RefineOptions, Refiner, TransfinerConfig
@@ -33,8 +33,6 @@ from transfiner_refine.modeling.model import RefinerModel
 from transfiner_refine.training.loop import train
 from transfiner_refine.training.losses import LossConfig
 from transfiner_refine.training.schedule import TrainConfig
-
-VALIDATION_LIST = Path(__file__).resolve().parents[1] / "benchmarks" / "ecssd_validation.txt"
 
 EMBEDDED = TransfinerConfig(
     feature_source="image_encoder",
@@ -95,8 +93,8 @@ class Validation:
 
 
 def training_sources(data: Path) -> tuple[CropSource, CropSource, CropSource]:
-    """The training photos of ECSSD, CCP and COCO; those of ``VALIDATION_LIST`` are left out."""
-    ecssd = CropSource(data / "ecssd", exclude=VALIDATION_LIST.read_text().split())
+    """The training photos of ECSSD, CCP and COCO; those of ``ECSSD_VALIDATION`` are left out."""
+    ecssd = CropSource(data / "ecssd", exclude=ECSSD_VALIDATION)
     return ecssd, CropSource(data / "ccp"), CropSource(data / "coco_train", weight=0.3, min_area=1000)
 
 
@@ -126,8 +124,7 @@ def training_mix(
 
 def held_out_photos(data: Path) -> dict[str, list[MatchedImage]]:
     """The photos that are watched while a model is trained."""
-    names = set(VALIDATION_LIST.read_text().split())
-    photos = [m for m in MatchedSet(data / "ecssd") if m.file_name in names]
+    photos = list(open_set(data, "ecssd_validation"))
     return {"ecssd": photos[:60], "davis": list(MatchedSet(data / "davis_dev", limit=60))}
 
 

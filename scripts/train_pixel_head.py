@@ -23,8 +23,8 @@ from tqdm import trange
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from baselines import load_refiner  # pyright: ignore[reportMissingImports]
-from dataset import DATA, MatchedSet  # pyright: ignore[reportMissingImports]
-from train_embedded import VALIDATION_LIST, Validation  # pyright: ignore[reportMissingImports]
+from dataset import DATA, ECSSD_VALIDATION, MatchedSet, open_set  # pyright: ignore[reportMissingImports]
+from train_embedded import Validation  # pyright: ignore[reportMissingImports]
 
 from transfiner_refine import Refiner
 from transfiner_refine.config import ROOT_SIDE
@@ -102,7 +102,6 @@ def open_samples(folder: Path, count: int, side: int) -> Sample:
 @torch.no_grad()
 def collect(model: RefinerModel, dataset: RoIPixels, samples: Sample, seed: int) -> None:
     """Fill the samples that are still empty: an object's weight is written last."""
-    assert model.image_encoder is not None
     count, select = len(samples.weight), above_threshold(0.5)
     epochs = range(-(-count // len(dataset)))
     order = np.concatenate([np.random.default_rng([seed, epoch]).permutation(len(dataset)) for epoch in epochs])
@@ -116,8 +115,7 @@ def collect(model: RefinerModel, dataset: RoIPixels, samples: Sample, seed: int)
             drawn.append(dataset[int(order[place])])
         crop, roi, coarse, target, pixels, weight = map(torch.stack, zip(*drawn, strict=True))
         with mixed_precision(torch.device("cpu")):
-            pyramid = model.image_encoder((crop.float() / 255).contiguous(memory_format=torch.channels_last))
-            roi_pyramid = model.transfiner.roi_pyramid(pyramid, roi, torch.arange(len(roi)))
+            roi_pyramid = model.transfiner.roi_pyramid(model.encode_crops(crop), roi, torch.arange(len(roi)))
             output = model.transfiner(roi_pyramid, coarse, model.config.depth, select)
         samples.pixels[part] = pixels.numpy()
         samples.probs[part] = (output.probs * 255).round().byte().numpy()
@@ -187,8 +185,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_flush_denormal(True)
     torch.manual_seed(args.seed)
-    held_out = VALIDATION_LIST.read_text().split()
-    ecssd = CropSource(args.data / "ecssd", exclude=held_out)
+    ecssd = CropSource(args.data / "ecssd", exclude=ECSSD_VALIDATION)
     model = load_refiner(args.model).model
     side = ROOT_SIDE << (model.config.depth - 1)
     dataset = RoIPixels(
@@ -207,7 +204,7 @@ def main() -> None:
     finished.load_state_dict(model.state_dict() | fresh)
     assert finished.pixel_head is not None
     train(finished.pixel_head, samples, args.steps, args.learning_rate, args.seed)
-    photos = [m for m in MatchedSet(args.data / "ecssd") if m.file_name in set(held_out)]
+    photos = list(open_set(args.data, "ecssd_validation"))
     refiner = Refiner(finished)
     print(Validation({"ecssd": photos, "davis": list(MatchedSet(args.data / "davis_dev", limit=60))})(refiner))
     print(refiner.save_pretrained(args.output))

@@ -126,3 +126,15 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
         return importlib.import_module(name)
 
     return load
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Import one of the scripts as ``python scripts/NAME.py`` would see it, the benchmarks beside it."""
+
+    def load(name: str) -> ModuleType:
+        monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+        monkeypatch.syspath_prepend(REPOSITORY / "scripts")
+        return importlib.import_module(name)
+
+    return load

@@ -1,8 +1,7 @@
 """Distillation: a refiner learns from others what they make of its own nodes, and only behind the quadtree."""
 
 import copy
-import importlib
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -16,9 +15,8 @@ from transfiner_refine.modeling.model import RefinerModel
 
 
 @pytest.fixture
-def distill(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
-    return importlib.import_module("distill")
+def distill(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("distill")
 
 
 @pytest.fixture

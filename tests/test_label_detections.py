@@ -1,7 +1,6 @@
 """Objects for training from what a detector found: those alone that the teacher is sure of, and nobody annotated."""
 
-import importlib
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -15,10 +14,8 @@ SIZE = (200, 300)
 
 
 @pytest.fixture
-def label(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    for folder in ("benchmarks", "scripts"):
-        monkeypatch.syspath_prepend(Path(__file__).parents[1] / folder)
-    return importlib.import_module("label_detections")
+def label(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("label_detections")
 
 
 def detection(box: tuple[int, int, int, int], score: float = 0.9) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """A teacher's features: each is found at its place of the sample, and what is known is told apart."""
 
-import importlib
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -21,13 +21,13 @@ SIZE = (160, 200)
 
 
 @pytest.fixture
-def teach(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    for folder in ("benchmarks", "scripts"):
-        monkeypatch.syspath_prepend(Path(__file__).parents[1] / folder)
-    return importlib.import_module("teach_features")
+def teach(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("teach_features")
 
 
-def test_features_lie_where_they_were_seen(teach: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_features_lie_where_they_were_seen(
+    teach: ModuleType, script: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Red and the first feature both tell x, green and the second y, however the sample is turned and mirrored."""
     monkeypatch.setattr(crops, "photometric", lambda crop, rng: crop)
     y, x = np.mgrid[: SIZE[0], : SIZE[1]]
@@ -35,7 +35,7 @@ def test_features_lie_where_they_were_seen(teach: ModuleType, tmp_path: Path, mo
     mask = rectangle(SIZE, (60, 40, 140, 120))
     source = write_dataset(tmp_path / "set", [{"mask": mask, "image": photo}])
     cache = ObjectCache(source, tmp_path / "cache")
-    collect = importlib.import_module("collect_features")
+    collect = script("collect_features")
     rows = collect.Features(tmp_path / "features", cache, write=True).rows
     cut = cache.image(cache.objects[0])
     cells = collect.SIDE // collect.STRIDE
@@ -55,9 +55,9 @@ def test_features_lie_where_they_were_seen(teach: ModuleType, tmp_path: Path, mo
         assert (features - seen)[:, inside].abs().max() < 4  # the photo is a JPEG, the map rounds to half precision
 
 
-def test_composites_have_no_features(teach: ModuleType, tmp_path: Path):
+def test_composites_have_no_features(teach: ModuleType, script: Callable[[str], ModuleType], tmp_path: Path):
     source = write_dataset(tmp_path / "set", [{"mask": rectangle(SIZE, (60, 40, 140, 120))}] * 3)
-    collect = importlib.import_module("collect_features")
+    collect = script("collect_features")
     collect.Features(tmp_path / "features", ObjectCache(source, tmp_path / "cache"), write=True).rows[:] = 1
     always = CompositeShares(stamp=0, background=1, neighbour=0, poles=0)
     for shares, known in ((always, False), (None, True)):

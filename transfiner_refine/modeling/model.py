@@ -1,6 +1,7 @@
 """The module that a refiner holds and saves: the Mask Transfiner, and the image encoder where it has one."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from transfiner_refine.config import TransfinerConfig
 from transfiner_refine.errors import InvalidInputError
@@ -9,6 +10,7 @@ from transfiner_refine.modeling.gain import GainPredictor
 from transfiner_refine.modeling.image_encoder import ImageEncoder
 from transfiner_refine.modeling.pixel_head import PixelHead
 from transfiner_refine.modeling.transfiner import MaskTransfiner
+from transfiner_refine.types import FeaturePyramid
 
 IMAGE_ENCODER = "image_encoder"
 
@@ -40,3 +42,8 @@ class RefinerModel(nn.Module):
         self.transfiner = MaskTransfiner(config)
         self.pixel_head = PixelHead(config.pixel_widths) if config.pixel_widths else None
         self.gain_predictor = GainPredictor(sees_edges=self.pixel_head is not None) if config.predicts_gain else None
+
+    def encode_crops(self, crops: Tensor) -> FeaturePyramid:
+        """Features of a batch of training crops, ``(R, 3, H, W)`` uint8 RGB, by the image encoder."""
+        assert self.image_encoder is not None
+        return self.image_encoder((crops.float() / 255).contiguous(memory_format=torch.channels_last))

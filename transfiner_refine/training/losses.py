@@ -143,12 +143,7 @@ class RefinementLoss(nn.Module):
         Returns:
             See :func:`refinement_losses`.
         """
-        return self.of_features(self.encode(image), roi, coarse, truth, weight)
-
-    def encode(self, image: Tensor) -> FeaturePyramid:
-        """Feature pyramid of a batch of crops, ``(R, 3, H, W)`` uint8 RGB."""
-        assert self.model.image_encoder is not None
-        return self.model.image_encoder((image.float() / 255).contiguous(memory_format=torch.channels_last))
+        return self.of_features(self.model.encode_crops(image), roi, coarse, truth, weight)
 
     def of_features(
         self, pyramid: FeaturePyramid, roi: Tensor, coarse: Tensor, truth: Tensor, weight: Tensor
