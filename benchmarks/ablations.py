@@ -5,15 +5,15 @@
 
 All variants share the embedded model's image encoder and, but for *guidance*, its incoherence detector, which stay as
 they are. What corrects the nodes starts anew in each; its attention has the paper's key for each node, but where a row
-says otherwise. The folder keeps what was trained and ``figures.json``, from
-which an interrupted command goes on.
+says otherwise. Each is measured with the pixel head behind it and without, by itself. The folder keeps what was trained
+and its figures, from which an interrupted command goes on; commands with different tables may share it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,6 +32,7 @@ from rich.table import Table
 
 from transfiner_refine import RefineOptions, Refiner
 from transfiner_refine.config import ROOT_SIDE
+from transfiner_refine.data.coco import write_json_atomic
 from transfiner_refine.data.crops import CropDataset
 from transfiner_refine.data.object_cache import CropSource
 from transfiner_refine.errors import InvalidInputError, TransfinerError
@@ -46,6 +47,9 @@ ANEW = (*FRESH, "transfiner.node_encoder.")
 
 DETECTOR = "transfiner.incoherence_detector."
 EVERY = RefineOptions(passes=1, keep_if_gain_below=-1.0, keep_if_iou_below=0.0)
+BY_ITSELF = replace(EVERY, align_pixels=False)
+SETS = ("davis_dev", "ecssd_validation")
+FIGURES = "figures.json"
 PAPER = ("fine", "coarse", "context", "position")
 
 
@@ -119,7 +123,9 @@ class Figures:
     """What a variant reached.
 
     Attributes:
-        gains: Of IoU and Boundary IoU, and the share made worse, by set; every refinement accepted.
+        gains: Of IoU and Boundary IoU, and the share made worse, by set; every refinement accepted, by the network
+            alone.
+        aligned_gains: The same with the pixel head behind it.
         processor_seconds: For an instance, the image encoder included.
         gflops: Of the network for an instance, without the image encoder.
         peak_mb: Most memory that a call added, in megabytes; None where that is not known.
@@ -128,6 +134,7 @@ class Figures:
     """
 
     gains: dict[str, list[float]]
+    aligned_gains: dict[str, list[float]]
     processor_seconds: float
     gflops: float
     peak_mb: float | None
@@ -141,10 +148,12 @@ class Budget:
 
     Attributes:
         steps: Steps of 16 objects.
+        limit: Photos of each set to measure on.
         seed: Seed of everything random.
     """
 
     steps: int
+    limit: int
     seed: int = 0
 
 
@@ -186,15 +195,18 @@ def train_variant(variant: Variant, folder: Path, data: Path, cache: Path, budge
 
 def judge(refiner: Refiner, data: Path, limit: int, console: Console) -> Figures:
     """Measure one variant."""
-    gains, seconds, instances, peak = {}, 0.0, 0, None
-    for name in ("davis_dev", "ecssd_validation"):
-        methods = {"refined": refined(refiner, options=EVERY)}
+    methods = {"by itself": refined(refiner, options=BY_ITSELF), "aligned": refined(refiner, options=EVERY)}
+    gains: dict[str, dict[str, list[float]]] = {method: {} for method in methods}
+    seconds, instances, peak = 0.0, 0, None
+    for name in SETS:
         result = measure(open_set(data, name, limit), methods, Coarse.detector, 0.02, console, with_memory=True)
-        figures = result.scores["refined"].figures(result.scores["coarse"])
-        gains[name] = [figures.iou_gain, figures.boundary_iou_gain, figures.share_worse]
-        seconds += result.scores["refined"].processor_seconds
-        instances += figures.count
-        peak = result.scores["refined"].peak if peak is None else max(peak, result.scores["refined"].peak or 0)
+        for method in methods:
+            figures = result.scores[method].figures(result.scores["coarse"])
+            gains[method][name] = [figures.iou_gain, figures.boundary_iou_gain, figures.share_worse]
+        aligned = result.scores["aligned"]
+        seconds += aligned.processor_seconds
+        instances += aligned.count
+        peak = aligned.peak if peak is None else max(peak, aligned.peak or 0)
     samples = list(open_set(data, "ecssd_validation", 20))
     flops, number = 0, 0
     finds = not isinstance(refiner.model.transfiner.incoherence_detector, GridDetector)
@@ -210,7 +222,8 @@ def judge(refiner: Refiner, data: Path, limit: int, console: Console) -> Figures
             levels = detector_counts(out, torch.from_numpy(sample.truth))
             counts = [total + one for total, one in zip(counts, levels, strict=True)]
     return Figures(
-        gains=gains,
+        gains=gains["by itself"],
+        aligned_gains=gains["aligned"],
         processor_seconds=seconds / instances,
         gflops=flops / number / 1e9,
         peak_mb=None if peak is None else peak / 1e6,
@@ -239,11 +252,23 @@ def _plain(value: Any) -> str:
     return "+".join(value) if isinstance(value, tuple) else str(value)
 
 
+def known_figures(folder: Path, name: str, budget: Budget) -> Figures | None:
+    """What a variant reached in an earlier command; None if it has still to be measured."""
+    path = folder / name / FIGURES
+    if not path.exists():
+        return None
+    kept = json.loads(path.read_text())
+    if kept["budget"] != asdict(budget):
+        raise InvalidInputError(f"expected the budget of {path}, {kept['budget']}, got another: name a new folder")
+    return Figures(**kept["figures"])
+
+
 def report(table: str, known: dict[str, Figures], steps: int) -> Table:
     """One table, of what is known."""
     printed = Table(title=f"{table}: {steps} steps of 16 objects each")
     printed.add_column("variant")
-    headings = ("DAVIS", "worse", "ECSSD", "worse", "CPU s", "GFLOPs", "MB", "recall", "accuracy")
+    sets = ("DAVIS", "worse", "ECSSD", "worse")
+    headings = (*sets, *(f"{heading}, aligned" for heading in sets), "CPU s", "GFLOPs", "MB", "recall", "accuracy")
     for heading in headings:
         printed.add_column(heading, justify="right")
     for label, variant in TABLES[table].items():
@@ -251,7 +276,7 @@ def report(table: str, known: dict[str, Figures], steps: int) -> Table:
         if figures is None:
             continue
         cells = []
-        for iou, boundary, worse in figures.gains.values():
+        for iou, boundary, worse in (*figures.gains.values(), *figures.aligned_gains.values()):
             cells += [f"{iou:+.3f} / {boundary:+.3f}", f"{worse:.1%}"]
         cells += [f"{figures.processor_seconds:.3f}", f"{figures.gflops:.1f}"]
         cells += ["" if figures.peak_mb is None else f"{figures.peak_mb:.0f}"]
@@ -261,7 +286,7 @@ def report(table: str, known: dict[str, Figures], steps: int) -> Table:
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(help="Gets the models and the figures.")],
+    folder: Annotated[Path, typer.Argument(help="Gets the models and their figures.")],
     cache: Annotated[Path, typer.Option(help="Folder for decoded objects.")],
     data: Annotated[Path, typer.Option(help="Folder of the sets.")] = DATA,
     only: Annotated[list[str] | None, typer.Option(help=f"Tables, of {', '.join(TABLES)}.")] = None,
@@ -269,30 +294,24 @@ def main(
     limit: Annotated[int, typer.Option(min=1, help="Photos of each set to measure on.")] = 60,
 ) -> None:
     """Train and measure the variants of the tables."""
-    console = Console(width=160)
-    path = folder / "figures.json"
-    budget = Budget(steps)
+    console = Console(width=240)
+    budget = Budget(steps, limit)
+    known = {}
     try:
         if unknown := set(only or []) - set(TABLES):
             raise InvalidInputError(f"expected tables among {sorted(TABLES)}, got {sorted(unknown)}")
-        kept = {"budget": asdict(budget), "limit": limit, "variants": {}}
-        if path.exists():
-            kept = json.loads(path.read_text())
-            if (kept["budget"], kept["limit"]) != (asdict(budget), limit):
-                raise InvalidInputError(
-                    f"expected the budget of {path}, {kept['budget']}, got another: name a new folder"
-                )
         for name, variant in jobs(only or list(TABLES)):
-            if name in kept["variants"]:
-                continue
-            best = train_variant(variant, folder / name, data, cache, budget)
-            kept["variants"][name] = asdict(judge(load_refiner(best), data, limit, console))
-            path.write_text(json.dumps(kept, indent=2) + "\n")
-            console.print(f"{name}: {kept['variants'][name]}", soft_wrap=True)
+            figures = known_figures(folder, name, budget)
+            if figures is None:
+                best = train_variant(variant, folder / name, data, cache, budget)
+                figures = judge(load_refiner(best), data, limit, console)
+                record = {"budget": asdict(budget), "figures": asdict(figures)}
+                write_json_atomic(folder / name / FIGURES, record)
+            known[name] = figures
+            console.print(f"{name}: {asdict(figures)}", soft_wrap=True)
     except TransfinerError as error:
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
-    known = {name: Figures(**values) for name, values in kept["variants"].items()}
     for table in only or TABLES:
         console.print(report(table, known, steps))
 
