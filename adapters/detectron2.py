@@ -33,6 +33,7 @@ from transfiner_refine.adapters.protocol import (
     Prediction,
     as_images,
     evaluating,
+    hooked,
     missing_dependency,
     recording,
 )
@@ -177,16 +178,13 @@ class Detectron2Adapter(Adapter):
     def _marking(self) -> Iterator[None]:
         """Let instances carry their row and box-frame masks through the post-processing, which drops empty boxes."""
 
-        def mark(head: nn.Module, args: tuple[Any, ...], found: list[Any]) -> None:
-            for instances in found:
+        def mark(head: nn.Module, args: tuple[Any, ...], *kwargs_and_output: Any) -> None:
+            for instances in kwargs_and_output[-1]:  # another thread's too, whose own hook does the same
                 instances.set(ROW, torch.arange(len(instances), device=instances.pred_masks.device))
                 instances.set(BOX_PROBS, instances.pred_masks)
 
-        handle = self.mask_head.register_forward_hook(mark)
-        try:
+        with hooked(self.mask_head, mark):
             yield
-        finally:
-            handle.remove()
 
     def _prediction(self, maps: tuple[Tensor, ...], given: Mapping[str, Any], output: dict[str, Any]) -> Prediction:
         found = output["instances"]
@@ -259,6 +257,7 @@ class RefinedDetectron2(RefinedDetector):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _losses(self, batched_inputs: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        self.check_trainable()
         with recording(backbone=self.adapter.backbone, head=self.adapter.mask_head) as calls:
             losses: dict[str, Tensor] = self.detector(batched_inputs)
         head_input, positives = calls["head"].args

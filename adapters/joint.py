@@ -31,14 +31,18 @@ from transfiner_refine.pipeline import Job, Pipeline
 from transfiner_refine.training.losses import refinement_losses
 from transfiner_refine.types import FeaturePyramid, Instances
 
+LABEL_MARGIN = 0.1
+"""How far beyond the threshold a probability of the wrong side is put, as a share of the way to 0 or 1."""
+
 
 class RefinedDetector(nn.Module):
     """A detector whose masks are refined; the base of each host's own, which adds :meth:`forward`.
 
     A host's ``forward`` takes what its detector takes. In evaluation it calls ``self.adapter.detect`` and
-    :meth:`refine`, and puts the masks into the host's output. In training it runs the detector, and for the RoIs that
-    the host trained its mask head on calls, in this order, :meth:`sample`, :meth:`rois`, a crop of the coarse masks and
-    :func:`crop_truth` of the true ones (``functional/paste.py``), and :meth:`refinement_losses`.
+    :meth:`refine`, and puts the masks into the host's output. In training it calls :meth:`check_trainable`, runs the
+    detector, and for the RoIs that the host trained its mask head on calls, in this order, :meth:`sample`,
+    :meth:`rois`, a crop of the coarse masks and :func:`crop_truth` of the true ones (``functional/paste.py``), and
+    :meth:`refinement_losses`.
 
     Attributes:
         detector: The host's detector, the same object that the adapter was made for.
@@ -112,7 +116,9 @@ class RefinedDetector(nn.Module):
 
         Returns:
             Instances of each image in the order of the prediction, on the detector's device. ``masks`` are the host's
-            own, bool or float, but where a node of the quadtree has changed the probability.
+            own, bool or float, but where a node of the quadtree has changed the probability. Labels, which are those
+            of bool masks, are those that the same refiner's ``refine`` gives; of float masks, probabilities on the
+            wrong side of the threshold are put a little beyond it.
 
         Raises:
             InvalidInputError: If the refiner needs images or features and there are none.
@@ -121,9 +127,6 @@ class RefinedDetector(nn.Module):
         jobs = []
         for index, prediction in enumerate(predictions):
             coarse = prediction.instances
-            given = CoarseMasks(coarse.masks, "image")
-            if prediction.box_probs is not None:
-                given = CoarseMasks(prediction.box_probs, "box")
             image, features = None, None
             if self.uses_features:
                 features = prediction.features
@@ -136,21 +139,27 @@ class RefinedDetector(nn.Module):
                 raise InvalidInputError("expected images for a refiner with an image encoder, got none")
             else:
                 image = images[index]
-            jobs.append(pipeline.job(image, features, coarse.boxes, given, coarse.image_size))
+            given = CoarseMasks(coarse.masks.contiguous(), "image")
+            job = pipeline.job(image, features, coarse.boxes, given, coarse.image_size)
+            if prediction.box_probs is not None:  # which refinement starts from, and pastes into the host's own masks
+                job.coarse = CoarseMasks(prediction.box_probs.to(pipeline.device), "box")
+            jobs.append(job)
         pipeline.run(jobs)
         return [self._refined(prediction, job) for prediction, job in zip(predictions, jobs, strict=True)]
 
     def _refined(self, prediction: Prediction, job: Job) -> Instances:
-        """Write the changed cells of refined probabilities into the host's own masks."""
-        coarse = prediction.instances
+        """Bring the refined masks of a job into the host's form, bool or float."""
+        coarse, threshold = prediction.instances, self.joint.refine.mask_threshold
         device = coarse.masks.device
-        probs, rois = job.probs.to(device), job.rois.to(device)
+        probs, rois, masks = job.probs.to(device), job.rois.to(device), job.masks.to(device)
         if prediction.box_probs is not None:
             before = crop_box_masks(prediction.box_probs.float(), coarse.boxes, rois, probs.shape[-1])
-        else:
-            before = crop_masks(coarse.masks, rois, probs.shape[-1])
-        masks = coarse.masks.clone(memory_format=torch.contiguous_format)
-        paste(probs, rois, masks, self.joint.refine.mask_threshold, probs != before)
+            # Hosts paste otherwise than the pipeline: what refinement has left as it was stays as they pasted it.
+            changed = torch.zeros_like(masks)
+            paste(torch.ones_like(probs), rois, changed, threshold, probs != before)
+            masks = torch.where(changed, masks, coarse.masks >= threshold)
+        if coarse.masks.dtype != torch.bool:
+            masks = self._as_probs(prediction, masks, probs, rois)
         return Instances(
             boxes=coarse.boxes,
             masks=masks,
@@ -162,6 +171,43 @@ class RefinedDetector(nn.Module):
             kept_coarse=job.kept_coarse.to(device),
             predicted_gain=None if job.gain is None else job.gain.to(device),
         )
+
+    def _as_probs(self, prediction: Prediction, labels: Tensor, probs: Tensor, rois: Tensor) -> Tensor:
+        """Write the changed cells of refined probabilities into the host's own, which agree with the labels after it.
+
+        Args:
+            prediction: With float masks.
+            labels: ``(N, H, W)`` bool, the refined masks.
+            probs: ``(N, S, S)`` float32 refined probabilities, RoI frame.
+            rois: ``(N, 4)`` float32 xyxy, image pixels.
+
+        Returns:
+            ``(N, H, W)`` float32.
+        """
+        coarse, threshold = prediction.instances, self.joint.refine.mask_threshold
+        if prediction.box_probs is not None:
+            before = crop_box_masks(prediction.box_probs.float(), coarse.boxes, rois, probs.shape[-1])
+        else:
+            before = crop_masks(coarse.masks, rois, probs.shape[-1])
+        masks = coarse.masks.clone(memory_format=torch.contiguous_format)
+        paste(probs, rois, masks, threshold, probs != before)
+        # Cells are coarser than pixels: what aligns outlines with the photo, or leaves a pixel alone, is not in them.
+        masks = torch.where((masks >= threshold) == labels, masks, coarse.masks)
+        inside = masks.clamp(min=threshold + LABEL_MARGIN * (1 - threshold))
+        outside = masks.clamp(max=threshold - LABEL_MARGIN * threshold)
+        return torch.where((masks >= threshold) == labels, masks, torch.where(labels, inside, outside))
+
+    def check_trainable(self) -> None:
+        """Refuse joint training of a refiner that does not read the detector's features; before its losses are made.
+
+        Raises:
+            InvalidInputError: If the refiner has an image encoder.
+        """
+        if not self.uses_features:
+            raise InvalidInputError(
+                "expected a refiner on the detector's features for joint training, got one with an image encoder: make "
+                "one with Refiner(RefinerModel(adapter.config()))"
+            )
 
     def sample(self, image: Tensor) -> Tensor:
         """Choose at random which of the host's RoIs the refinement losses see.
@@ -204,11 +250,7 @@ class RefinedDetector(nn.Module):
         Raises:
             InvalidInputError: If the refiner does not read the detector's features.
         """
-        if not self.uses_features:
-            raise InvalidInputError(
-                "expected a refiner on the detector's features for joint training, got one with an image encoder: make "
-                "one with Refiner(RefinerModel(adapter.config()))"
-            )
+        self.check_trainable()
         transfiner = self.refiner_model.transfiner
         weight = next(transfiner.parameters())
         pyramid = pyramid.to(weight.device, weight.dtype)

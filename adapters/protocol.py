@@ -9,11 +9,11 @@ one framework. What both need besides, running a host model without leaving a tr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import get_ident
+from threading import Lock, get_ident
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from transfiner_refine.adapters.saving import DETECTOR, LATERALS, load_part, weights_fingerprint
 from transfiner_refine.config import RefineOptions, TransfinerConfig
-from transfiner_refine.errors import InvalidInputError, MissingDependencyError
+from transfiner_refine.errors import InvalidInputError, MissingDependencyError, WeightsError
 from transfiner_refine.inputs import as_image
+from transfiner_refine.modeling.hub import find_model
 from transfiner_refine.modeling.model import IMAGE_ENCODER, RefinerModel
 from transfiner_refine.refiner import Refiner
 from transfiner_refine.training.losses import LossConfig
@@ -208,7 +209,7 @@ class Adapter(ABC):
         Args:
             refiner: A refiner on this detector's features (:meth:`config`) or with an image encoder of its own; or a
                 directory that the module's ``save_pretrained`` wrote, from which a detector that was trained with the
-                refiner, and the laterals, are loaded too.
+                refiner, and the laterals, are loaded too; or a Hub id ``"org/name"``, of a refiner alone.
             options: Choices of each refinement.
             train: See :class:`JointOptions`; also ``detach_coarse``, ``max_rois`` and ``loss``.
             detach_coarse: See there.
@@ -221,16 +222,23 @@ class Adapter(ABC):
             detector's mode.
 
         Raises:
-            InvalidInputError: If the refiner is for features of another detector, or an option is out of range.
+            InvalidInputError: If it is no refiner, or for features of another detector, or an option is out of range.
             WeightsError: If a file in the directory is missing, damaged, or of another architecture.
         """
         joint = JointOptions(options or RefineOptions(), train, detach_coarse, max_rois, loss or LossConfig())
+        if not isinstance(refiner, (Refiner, str, Path)):
+            remedy = "pass Refiner.from_pretrained(), or Refiner(RefinerModel(adapter.config())) for a new one"
+            if isinstance(refiner, RefinerModel):
+                remedy = "wrap it in Refiner(...)"
+            raise InvalidInputError(
+                f"expected a Refiner, a directory or a Hub id, got {type(refiner).__name__}: {remedy}"
+            )
         self.detach()
         if isinstance(refiner, Refiner):
             self._check_refiner(refiner.config, check_source)
             self._check_weights(refiner.config, check_source)
         else:
-            refiner = self._load(Path(refiner), check_source)
+            refiner = self._load(refiner, check_source)
         self._trainable = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         self._modes = [(module, module.training) for module in self.model.modules()]
         return self._wrap(refiner.model, joint)
@@ -246,14 +254,22 @@ class Adapter(ABC):
             module.training = mode
         self._trainable, self._modes = [], []
 
-    def _load(self, directory: Path, check_source: bool) -> Refiner:
+    def _load(self, name_or_path: str | Path, check_source: bool) -> Refiner:
         """Load a refiner with what was saved beside it: first all checks that need no weights of the detector."""
+        directory = find_model(name_or_path)
         refiner = Refiner.from_pretrained(directory)
         self._check_refiner(refiner.config, check_source)
+        needs_laterals = self.laterals is not None and refiner.config.feature_source != IMAGE_ENCODER
+        if needs_laterals and not (directory / LATERALS).exists() and not Path(name_or_path).is_dir():
+            raise WeightsError(
+                f"expected {LATERALS} beside this refiner, got {str(name_or_path)!r}, a Hub id, of which the refiner "
+                "alone is loaded: pass the directory that huggingface_hub.snapshot_download gives for it"
+            )
         if (directory / DETECTOR).exists():
-            load_part(self.model, directory / DETECTOR)
-        self._check_weights(refiner.config, check_source)
-        if self.laterals is not None and refiner.config.feature_source != IMAGE_ENCODER:
+            load_part(self.model, directory / DETECTOR)  # the refiner's own, in whatever dtype the detector keeps it
+        else:
+            self._check_weights(refiner.config, check_source)
+        if self.laterals is not None and needs_laterals:
             load_part(self.laterals, directory / LATERALS)
         return refiner
 
@@ -299,6 +315,28 @@ class Call(NamedTuple):
     output: Any
 
 
+_HOOKS = Lock()
+"""Held while hooks come and go: torch numbers them without one, and of two with the same number one is lost."""
+
+
+@contextmanager
+def hooked(module: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
+    """Let a hook follow each call of a module, for the length of a block; other threads may do the same meanwhile.
+
+    Args:
+        module: The module.
+        hook: Called with the module, its positional arguments, its keyword arguments and its output. While another
+            thread leaves such a block, that thread's hook may be called without the keyword arguments.
+    """
+    with _HOOKS:
+        handle = module.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        with _HOOKS:
+            handle.remove()
+
+
 @contextmanager
 def recording(**modules: nn.Module) -> Iterator[dict[str, Call]]:
     """Record what modules of a host model are given and return, for the length of a block.
@@ -316,18 +354,17 @@ def recording(**modules: nn.Module) -> Iterator[dict[str, Call]]:
     thread = get_ident()
 
     def hook_for(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...], *kwargs_and_output: Any) -> None:
             if get_ident() == thread:
+                kwargs, output = kwargs_and_output
                 calls[name] = Call(args, kwargs, output)
 
         return hook
 
-    handles = [module.register_forward_hook(hook_for(name), with_kwargs=True) for name, module in modules.items()]
-    try:
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.enter_context(hooked(module, hook_for(name)))
         yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

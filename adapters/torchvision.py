@@ -211,6 +211,7 @@ class RefinedTorchvision(RefinedDetector):
         return self(images, targets)
 
     def _losses(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None) -> dict[str, Tensor]:
+        self.check_trainable()
         heads = self.adapter.roi_heads
         modules = {"heads": heads, "pool": heads.mask_roi_pool, "predictor": self.adapter.mask_predictor}
         with recording(**modules) as calls:

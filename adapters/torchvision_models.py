@@ -146,6 +146,10 @@ def _call(name: str, values: dict[str, Any]) -> MaskRCNN:
             f"expected options of torchvision's {name}, got {unknown[0]!r}: its arguments are "
             f"{', '.join(sorted(accepted - {'kwargs', 'backbone'}))}"
         )
+    defaults = inspect.signature(MaskRCNN).parameters
+    for key, value in values.items():
+        if key in defaults and isinstance(defaults[key].default, (int, float)) and not _is_number(key, value):
+            raise InvalidInputError(f"expected a number for {key} of torchvision's {name}, got {value!r}")
     try:
         return function(**values)
     except (TypeError, ValueError) as error:
@@ -154,6 +158,13 @@ def _call(name: str, values: dict[str, Any]) -> MaskRCNN:
         raise WeightsError(
             f"torchvision's weights of {name} could not be downloaded ({error}): connect once, or give a file"
         ) from error
+
+
+def _is_number(key: str, value: Any) -> bool:
+    """Whether a value, of JSON or of Python, is a number; ``min_size`` may be several."""
+    if key == "min_size" and isinstance(value, (list, tuple)):
+        return len(value) > 0 and all(_is_number("", one) for one in value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _replace_classes(model: MaskRCNN, classes: int) -> None:

@@ -73,6 +73,8 @@ class RefinedTransformers(RefinedDetector):
             InvalidInputError: If a tuple is asked for as output, or the refiner cannot be trained with the detector.
         """
         arguments = inspect.signature(self.detector.forward).bind(*args, **kwargs).arguments
+        if self.training and any(arguments.get(name) is not None for name in ("labels", "mask_labels")):
+            self.check_trainable()
         modules = {"backbone": self.adapter.backbone}
         if hasattr(self.detector, "criterion"):
             modules["criterion"] = self.detector.get_submodule("criterion")

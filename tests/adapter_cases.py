@@ -5,7 +5,10 @@ A host's tests describe it by a :class:`Host`, and call the checks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_models import discs
+from small_models import discs, encoder_config
 from torch import Tensor, nn
 
 from transfiner_refine import FeaturePyramid, InvalidInputError, RefineOptions, Refiner
@@ -161,6 +164,47 @@ def check_batch_equals_loop(host: Host, alike: Sequence[tuple[int, int]] = ()) -
         for name in together.keys() - {"masks"}:
             torch.testing.assert_close(together[name], alone[name], rtol=0, atol=host.tolerance)
         assert len(alone["masks"]) > 0 and share_different(together["masks"], alone["masks"]) < 1e-3
+
+
+@contextmanager
+def frequent_switches() -> Iterator[None]:
+    """Let threads take turns as often as they can, for the length of a block."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+def check_threads(host: Host, calls: int = 12) -> None:
+    """Threads that share a model get what each gets alone, and leave the detector as it was."""
+    detector, images = host.make(0).eval(), host.images()
+    host.run(detector, images)  # some hosts keep things from their first call
+    marks = state_of(detector)[1]
+    adapter = adapt(detector)
+    model = wrapped(adapter, eventful_refiner(adapter, depth=1))
+    expected = [host.run(model, [image])[0] for image in images]
+
+    def same(number: int) -> bool:
+        index = number % len(images)
+        (found,) = host.run(model, [images[index]])
+        return all(torch.equal(found[name], value) for name, value in expected[index].items())
+
+    with frequent_switches(), ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(same, range(calls)))
+    assert state_of(detector)[1] == marks
+
+
+def check_training_on_the_image_is_refused(host: Host) -> None:
+    """A refiner with an image encoder is refused before the detector does its work."""
+    adapter = adapt(host.make(0))
+    model = wrapped(adapter, Refiner(RefinerModel(encoder_config(depth=1)))).train()
+    called: list[Any] = []
+    adapter.backbone.register_forward_hook(lambda *call: called.append(call))
+    with pytest.raises(InvalidInputError, match="a refiner on the detector's features for joint training"):
+        host.losses(model)
+    assert not called
 
 
 def share_different(a: Tensor, b: Tensor) -> float:

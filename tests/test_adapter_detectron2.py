@@ -134,6 +134,8 @@ HOST = Detectron2Host(make=make, call=call, results=results, losses=losses)
         cases.check_identity,
         cases.check_every_instance_is_refined,
         cases.check_detach,
+        cases.check_threads,
+        cases.check_training_on_the_image_is_refused,
         cases.check_joint_training,
         cases.check_scopes,
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,23 @@ class TestRefine:
         assert changed.masks.dtype == torch.float32 and len(changed.masks[0].unique()) > 100
         assert torch.equal(prediction.instances.masks, torch.where(found.instances.masks, 0.9, 0.1))
         assert changed.probs is not None and changed.rois is not None and changed.kept_coarse is not None
+
+    def test_labels_are_those_of_refine(self, image: Tensor):
+        """Also where a pixel head aligns them, which float masks take over as a side of the threshold."""
+        host, options = adapter(), RefineOptions(keep_if_iou_below=0.0, keep_if_gain_below=-1.0)
+        refiner = Refiner(eventful_model(encoder_config(depth=1, pixel_widths=(8, 12))))
+        assert refiner.model.pixel_head is not None
+        nn.init.normal_(refiner.model.pixel_head.out.weight, std=0.5)
+        (found,) = host.detect([image])
+        masks, boxes, size = found.instances.masks, found.instances.boxes, found.instances.image_size
+        expected = refiner.refine(image, boxes=boxes, masks=masks, options=options).masks
+        not_aligned = replace(options, align_pixels=False)
+        assert (expected != refiner.refine(image, boxes=boxes, masks=masks, options=not_aligned).masks).any()
+        model = host.with_refiner(refiner, options=options)
+        assert torch.equal(model([image])[0], expected)
+        (refined,) = model.refine([Prediction(Instances(boxes, masks.float(), size), found.indices)], [image])
+        assert refined.masks.dtype == torch.float32 and torch.equal(refined.masks > 0.5, expected)
+        assert float(refined.masks.min()) >= 0 and float(refined.masks.max()) <= 1
 
     def test_a_refinement_that_strays_is_not_taken(self, image: Tensor):
         host = adapter()
@@ -201,6 +219,17 @@ class TestFiles:
         cases.wrapped(adapter(), tmp_path)
         with pytest.raises(InvalidInputError, match="SHA-256"):
             adapter(seed=1).with_refiner(tmp_path)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_a_detector_of_another_dtype(self, tmp_path: Path, dtype: torch.dtype):
+        host = adapter()
+        cases.wrapped(host, cases.refiner_for(host)).save_pretrained(tmp_path)
+        other = adapter(seed=1)
+        other.model.to(dtype)
+        other.with_refiner(tmp_path)
+        expected = host.model.to(dtype).state_dict()
+        for name, value in other.model.state_dict().items():
+            assert value.dtype == expected[name].dtype and torch.equal(value, expected[name])
 
     def test_weights_that_share_memory(self, tmp_path: Path):
         host = adapter()

@@ -57,6 +57,36 @@ def test_detach():
     cases.check_detach(HOST)
 
 
+def test_threads():
+    cases.check_threads(HOST)
+
+
+def test_training_on_the_image_is_refused():
+    cases.check_training_on_the_image_is_refused(HOST)
+
+
+def test_listening_leaves_what_others_put_in_place():
+    head: Any = make().roi_head.mask_head  # type: ignore[union-attr]
+    listening: Any = import_module("transfiner_refine.adapters.mmdet")._listening
+    own = head.predict_by_feat
+
+    def mine(*args: Any, **kwargs: Any) -> Any:
+        return own(*args, **kwargs)
+
+    with listening(head, "predict_by_feat"):
+        head.predict_by_feat = mine
+    assert head.predict_by_feat is mine
+    first, second = listening(head, "predict_by_feat"), listening(head, "predict_by_feat")
+    arguments: dict[str, Any] = {"mask_preds": (), "results_list": [], "batch_img_metas": [], "rcnn_test_cfg": None}
+    one = first.__enter__()
+    two = second.__enter__()
+    head.predict_by_feat(**arguments)
+    first.__exit__(None, None, None)
+    head.predict_by_feat(**arguments)
+    second.__exit__(None, None, None)
+    assert (len(one), len(two)) == (1, 2) and head.predict_by_feat is mine
+
+
 def test_joint_training():
     cases.check_joint_training(HOST)
 
@@ -297,6 +327,36 @@ def test_a_cascade_of_mask_heads():
     found["loss_refine"].backward()
 
 
+@pytest.mark.filterwarnings("ignore:DeprecationWarning. pos_bboxes:UserWarning")  # MMDetection's
+def test_pointrend_is_trained_on_the_masks_of_inference(monkeypatch: pytest.MonkeyPatch):
+    """Its mask head alone gives 7×7 of them, which its point head makes 224×224."""
+    name = "point_rend/point-rend_r50-caffe_fpn_ms-1x_coco.py"
+    wide, classes = {"out_channels": 16}, {"num_classes": 3}
+    heads = {
+        "bbox_roi_extractor": wide,
+        "mask_roi_extractor": wide,
+        "bbox_head": {"in_channels": 16, "fc_out_channels": 32, **classes},
+        "mask_head": {"in_channels": 16, "conv_out_channels": 16, "fc_out_channels": 32, **classes},
+        "point_head": {"in_channels": 16, "fc_channels": 16, **classes},
+    }
+    detector = build(small_config(name, **{**SMALL, "roi_head": heads}))
+    adapter = adapt(detector)
+    sides = {prediction.box_probs.shape[-1] for prediction in adapter.detect(HOST.images())}  # type: ignore[union-attr]
+    model: Any = cases.wrapped(adapter, cases.refiner_for(adapter)).train()
+    found = losses(model)
+    assert {"loss_mask", "loss_point", "loss_refine", "loss_incoherence"} <= found.keys()
+    cases.total(found).backward()
+    assert detector.training and detector.roi_head.point_head.training
+
+    given: list[Tensor] = []
+    module = "transfiner_refine.adapters.mmdet.crop_box_masks"
+    crop = import_module("transfiner_refine.functional.paste").crop_box_masks
+    monkeypatch.setattr(module, lambda probs, *rest: given.append(probs) or crop(probs, *rest))
+    losses(model)
+    assert sides == {given[0].shape[-1]} == {224} and not given[0].requires_grad
+    assert {"loss_refine", "loss_incoherence"} <= losses(model, (2, 0)).keys()
+
+
 @pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning")  # MMDetection's
 def test_a_detector_without_boxes_of_its_own():
     """SOLOv2 has masks alone: it is refined on the image, in the boxes of its masks."""
@@ -330,8 +390,6 @@ def test_what_cannot_be_used():
     adapter: Any = adapt(make())
     with pytest.raises(InvalidInputError, match="expected an MMDetection detector, got Linear"):
         type(adapter)(nn.Linear(1, 1))
-    with pytest.raises(InvalidInputError, match="expected a refiner on the detector's features for joint training"):
-        losses(adapter.with_refiner(image_refiner()))
     del adapter.model.cfg
     with pytest.raises(InvalidInputError, match="expected a detector with its config"):
         adapter.detect(HOST.images())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import adapter_cases as cases
@@ -19,6 +20,7 @@ from transfiner_refine import (
     InvalidInputError,
     MissingDependencyError,
     Refiner,
+    WeightsError,
 )
 from transfiner_refine.adapters import adapt
 from transfiner_refine.adapters.protocol import (
@@ -102,6 +104,27 @@ class TestHostModelsAreLeftAsTheyWere:
             pool.submit(model, torch.ones(1, 3, 64, 64)).result()
         assert calls["stem"].args[0].shape == (1, 3, 32, 32)
 
+    def test_a_recording_that_ends_while_another_thread_calls(self):
+        """Torch lists the hooks first, and looks up whether one wants keyword arguments when it comes to it."""
+        model = nn.Identity()
+        with recording(model=model):
+            (hook,) = model._forward_hooks.values()
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(hook, model, (torch.zeros(1),), torch.zeros(1)).result()
+
+    def test_recordings_of_many_threads(self):
+        model = nn.Identity()
+
+        def record(number: int) -> bool:
+            given = torch.full((1,), number)
+            with recording(model=model) as calls:
+                model(given)
+            return calls["model"].output is given
+
+        with cases.frequent_switches(), ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(record, range(2000)))
+        assert not model._forward_hooks
+
     def test_evaluating(self):
         model = MadeUp().train()
         model.backbone[1].eval()
@@ -169,6 +192,32 @@ class TestTheRefinerHasToFit:
             [image]
         )
         assert (masks ^ discs(64, 96, CIRCLES)).flatten(1).any(dim=1).all()
+
+    def test_what_is_no_refiner(self):
+        host = adapter()
+        refiner: Any = cases.refiner_for(host).model
+        with pytest.raises(InvalidInputError, match=r"got RefinerModel: wrap it in Refiner\(\.\.\.\)"):
+            host.with_refiner(refiner)
+        nothing: Any = None
+        with pytest.raises(InvalidInputError, match=r"a directory or a Hub id, got NoneType: pass Refiner\.from_pre"):
+            host.with_refiner(nothing)
+
+    def test_a_hub_id(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        """The refiner comes from where ``Refiner.from_pretrained`` finds it, without what lies beside it."""
+        host = adapter(with_laterals=True)
+        cases.refiner_for(host).save_pretrained(tmp_path)
+        find = "transfiner_refine.adapters.protocol.find_model"
+        monkeypatch.setattr(find, lambda name: {"org/name": tmp_path}[name])
+        model = adapter().with_refiner("org/name")
+        expected = cases.refiner_for(host).model.half().float().state_dict()
+        for name, value in model.refiner_model.state_dict().items():
+            assert torch.equal(value, expected[name])
+        with pytest.raises(WeightsError, match=r"expected laterals.safetensors .* got 'org/name', a Hub id"):
+            host.with_refiner("org/name")
+        (tmp_path / "detector.safetensors").unlink(missing_ok=True)
+        monkeypatch.undo()
+        with pytest.raises(WeightsError, match="there is no such directory"):
+            host.with_refiner(tmp_path / "gone")
 
     @pytest.mark.parametrize("changes", [{"train": "backbone"}, {"max_rois": 0}])
     def test_options_in_range(self, changes: dict[str, Any]):

@@ -114,6 +114,8 @@ HOST = cases.Host(make=make, call=lambda model, images: model(list(images)), res
         cases.check_identity,
         cases.check_every_instance_is_refined,
         cases.check_detach,
+        cases.check_threads,
+        cases.check_training_on_the_image_is_refused,
         cases.check_joint_training,
         cases.check_scopes,
     ],

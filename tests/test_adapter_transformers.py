@@ -67,6 +67,8 @@ def host(kind: str) -> cases.Host:
         cases.check_every_instance_is_refined,
         partial(cases.check_batch_equals_loop, alike=SIZES[:1] * 2),
         cases.check_detach,
+        cases.check_threads,
+        cases.check_training_on_the_image_is_refused,
         partial(cases.check_joint_training, steps=6, learning_rate=3e-4),
         cases.check_scopes,
     ],
