@@ -1,5 +1,6 @@
 """The bulk command on COCO results: kill and resume, images that cannot be refined, the summary."""
 
+import errno
 import fcntl
 import json
 import os
@@ -169,6 +170,68 @@ class TestResume:
         assert run(bulk_cases.arguments(interrupted))[0] == 0
         assert (interrupted / "out.json").is_file() and not parts.exists()
 
+    def test_what_was_damaged_since_is_named(self, interrupted: Path, run: Run):
+        parts = interrupted / "out.json.parts"
+
+        def fails_with(*messages: str) -> None:
+            code, _, err = run(bulk_cases.arguments(interrupted, threads=None))
+            lines = [line for line in err.splitlines() if not line.startswith("Refining")]
+            assert code == 2 and len(lines) == 1 and all(message in lines[0] for message in messages), err
+
+        shard, manifest = parts / "shard_000001", parts / "manifest.json"
+        content = shard.read_bytes()
+        for damaged in (content[:-1], content[:30], b"", b"[]\n", b"\xff"):
+            shard.write_bytes(damaged)
+            fails_with(f"a whole shard of 2 images in {shard}", "delete it")
+        description = manifest.read_bytes()
+        for damaged in (b"[]", b"{", b""):
+            manifest.write_bytes(damaged)
+            fails_with(str(manifest), f"delete {parts} to start anew")
+        manifest.write_bytes(description)
+        shard.unlink()
+        assert run(bulk_cases.arguments(interrupted))[0] == 0
+
+    def test_a_file_in_place_of_the_folder(self, folder: Path, run: Run):
+        (folder / "out.json.parts").write_text("mine")
+        code, _, err = run(bulk_cases.arguments(folder))
+        assert code == 2 and "remove what is there" in err and len(err.splitlines()) <= 2, err
+        assert (folder / "out.json.parts").read_text() == "mine"
+
+    def test_a_full_disk_loses_nothing(self, folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch):
+        def write(self: CocoResults, target: Path, records: object, scratch: Path) -> None:
+            target.write_bytes(b"[")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(CocoResults, "write", write)
+            code, _, err = run(bulk_cases.arguments(folder))
+        lines = [line for line in err.splitlines() if not line.startswith("Refining")]
+        assert code == 2 and len(lines) == 1 and "got: No space left on device" in lines[0], err
+        assert left_in(folder) == {"out.json.parts"} and not (folder / "out.json.parts" / "scratch").exists()
+        code, _, _ = run(bulk_cases.arguments(folder, summary=folder / "summary.json"))
+        assert code == 0 and json.loads((folder / "summary.json").read_text())["resumed_images"] == COUNT
+
+    def test_strict_holds_for_what_an_earlier_run_skipped(
+        self, folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    ):
+        (folder / "photos" / "001.png").write_bytes(b"damaged")
+        encode = work.Work._encode
+
+        def killed(self: work.Work, item: tuple) -> work.Outcome:
+            if item[0] == 4:
+                raise InvalidInputError("killed")
+            return encode(self, item)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(work.Work, "_encode", killed)
+            assert run(bulk_cases.arguments(folder))[0] == 2
+        shards = sorted(os.listdir(folder / "out.json.parts"))
+        assert "shard_000000" in shards
+        code, _, err = run(bulk_cases.arguments(folder, strict=True))
+        assert code == 2 and "image_id 1: expected an image file" in err and "or leave out --strict" in err
+        assert sorted(os.listdir(folder / "out.json.parts")) == shards
+        assert run(bulk_cases.arguments(folder))[0] == 0
+
     def test_threads_are_those_of_the_job_begun(self, interrupted: Path, run: Run):
         assert run(bulk_cases.arguments(interrupted, threads=None))[0] == 0
 
@@ -286,6 +349,9 @@ class TestResultsIndex:
             ('[{"image_id": 1, "segmentation": []}, 5]', "entry 1: expected an object"),
             ("5", "got int"),
             ("", "not JSON"),
+            ('[{"image_id": 1, "segmentation": [], "score": 0' + "1" * 5000 + "}]", "not JSON"),
+            ('[{"image_id": 1, "segmentation": [], "score": ' + "1" * 5000 + "}]", "not JSON"),
+            ('[{"image_id": 1, "segmentation": ' + "[" * 100_000 + "]" * 100_000 + "}]", "nested too deeply"),
             ('\ufeff[{"image_id": 1, "segmentation": []}]', "without a byte order mark"),
         ],
     )

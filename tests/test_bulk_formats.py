@@ -90,6 +90,25 @@ class TestMaskFolder:
         labels = {position: source.label(i) for i in range(len(source)) for position in source.positions(i)}
         assert labels == {0: "a", 1: "a_001", 2: "a_001"}
 
+    def test_suffixes_in_capitals_are_masks_too(self, folder: Path, masks: Path):
+        (masks / "000.png").rename(masks / "000.PNG")
+        source = MaskFolder(folder / "photos", masks)
+        assert source.record_count == 6 and source.load(0).coarse.masks.shape[0] == 2
+
+    def test_masks_of_another_suffix_are_not_lost(self, folder: Path, masks: Path, run: Run):
+        for name in ("002/cat.jpg", "001_002.TIF"):
+            (masks / name).write_bytes(b"")
+        code, _, err = run(bulk_cases.arguments(folder, predictions=masks, output=folder / "out"))
+        assert code == 2 and "got 2 others, '001_002.TIF' the first" in err
+
+    def test_what_is_no_file_is_no_mask(self, folder: Path, masks: Path, run: Run):
+        (masks / "000_8.png").mkdir()
+        (masks / "000_9.png").symlink_to(folder / "nowhere")
+        (folder / "photos" / "001.jpg").mkdir()
+        code, out, err = run(bulk_cases.arguments(folder, predictions=masks, output=folder / "out"))
+        assert code == 0 and "6 masks of 3 images refined" in out, err
+        assert sorted(path.name for path in (folder / "out").glob("000*")) == ["000.png", "000_0.png"]
+
     def test_folders_of_no_use(self, folder: Path, masks: Path, run: Run):
         def fails_with(message: str, **changed: object) -> None:
             code, _, err = run(
@@ -192,6 +211,47 @@ class TestDatasets:
         row = datasets.load_from_disk(folder / "out").cast_column("picture", datasets.Image(decode=False))[1]
         assert row["picture"]["bytes"] == b"damaged"
         assert np.array_equal(self.decoded("images", row["objects"]), bulk_cases.coarse_masks(1))
+
+    @pytest.mark.parametrize("kind", ["rle", "images"])
+    def test_a_row_that_lacks_a_mask_is_skipped_and_kept(self, folder: Path, run: Run, datasets: Any, kind: str):
+        given = self.build(datasets, folder, kind)
+        lists = [[row[0], None, row[1]] if number == 1 else row for number, row in enumerate(given["objects"])]
+        lists[2] = None
+        columns = {"name": given["name"], "picture": given["picture"], "objects": lists}
+        given = datasets.Dataset.from_dict(columns, features=given.features)
+        given.save_to_disk(folder / "data")
+        code, out, err = run(self.words(folder))
+        assert code == 0 and "2 masks of 2 images refined" in out and "1 of 3 images stay coarse" in err, err
+        (skipped,) = json.loads((folder / "out.skipped.json").read_text())
+        assert skipped == {"row": 1, "reason": "expected 3 masks, got none at 1: leave it out"}
+        refined = datasets.load_from_disk(folder / "out")
+        assert refined[1]["objects"] == given[1]["objects"] and refined[2]["objects"] is None
+        assert np.array_equal(self.decoded(kind, refined[0]["objects"]), refined_masks(folder, 0))
+
+    def test_damaged_files_are_one_error(self, folder: Path, run: Run, datasets: Any):
+        def fails() -> None:
+            code, _, err = run(self.words(folder))
+            errors = [line for line in err.splitlines() if "rror" in line]
+            assert code == 2 and errors[-1].startswith(f"error: expected a dataset in {folder / 'data'}"), err
+            assert "Traceback" not in err
+
+        (folder / "data").mkdir()
+        (folder / "data" / "dataset_info.json").write_text('{"of": "something else"}')
+        fails()
+        (folder / "data" / "dataset_info.json").unlink()
+        given = self.build(datasets, folder, "rle")
+        file = folder / "data" / "a.parquet"
+        given.to_parquet(file)
+        file.write_bytes(file.read_bytes()[:-100])
+        fails()
+        file.unlink()
+        given.save_to_disk(folder / "data")
+        (file,) = (folder / "data").glob("*.arrow")
+        content = file.read_bytes()
+        file.write_bytes(content[:10])
+        fails()
+        file.write_bytes(content[: len(content) // 2])
+        fails()
 
     def test_columns_and_splits_of_no_use(self, folder: Path, run: Run, datasets: Any):
         given = self.build(datasets, folder, "rle")

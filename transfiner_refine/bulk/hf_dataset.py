@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,10 +24,13 @@ from transfiner_refine.types import Instances
 SAVED, SPLITS = "dataset_info.json", "dataset_dict.json"
 """What ``save_to_disk`` leaves in the folder of a dataset, and in that of several splits."""
 
+AS_IT_CAME = b""
+"""Record of a mask that could not be refined: the output has what the row holds, which need not be an image at all."""
+
 
 def is_dataset(path: Path) -> bool:
     """Whether a path is a folder of ``save_to_disk``, or one of parquet files."""
-    return (path / SAVED).is_file() or (path / SPLITS).is_file() or (path.is_dir() and any(path.glob("*.parquet")))
+    return (path / SAVED).is_file() or (path / SPLITS).is_file() or bool(_parquet_files(path))
 
 
 class HFDataset(Source):
@@ -43,7 +47,7 @@ class HFDataset(Source):
 
     Raises:
         MissingDependencyError: If ``datasets`` is not installed.
-        InvalidInputError: If the folder has several splits, or no such columns.
+        InvalidInputError: If the folder has several splits, no such columns, or cannot be read.
     """
 
     noun: ClassVar[str] = "row"
@@ -54,11 +58,13 @@ class HFDataset(Source):
             splits = sorted(folder.name for folder in path.iterdir() if folder.is_dir())
             raise InvalidInputError(f"expected one split, got a dataset of {splits} in {path}: name the folder of one")
         self.path, self.image_column, self.masks_column = path, image_column, masks_column
-        self._files = [] if (path / SAVED).is_file() else sorted(path.glob("*.parquet"))
-        if self._files:
-            dataset = datasets.Dataset.from_parquet([str(file) for file in self._files])
-        else:
-            dataset = datasets.load_from_disk(path)
+        self._files = [] if (path / SAVED).is_file() else _parquet_files(path)
+        named = self._files[0].name if self._files else SAVED
+        with _reading(path, named):
+            if self._files:
+                dataset = datasets.Dataset.from_parquet([str(file) for file in self._files])
+            else:
+                dataset = datasets.load_from_disk(path)
         for name in (image_column, masks_column):
             if name not in dataset.features:
                 raise InvalidInputError(
@@ -73,8 +79,9 @@ class HFDataset(Source):
         self._features = dataset.features
         self._mask_bytes, self._is_list = _mask_kind(datasets, dataset.features[masks_column], masks_column)
         # Bytes as they are stored: images are decoded here, masks are not decoded for nothing.
-        self._rows = dataset.cast(_undecoded(datasets, dataset.features))
-        self._starts = np.cumsum([0, *self._counts(dataset)])
+        with _reading(path, named):
+            self._rows = dataset.cast(_undecoded(datasets, dataset.features))
+            self._starts = np.cumsum([0, *self._counts(dataset)])
         self.record_count = int(self._starts[-1])
 
     def __reduce__(self) -> tuple[Callable[..., HFDataset], tuple[Path, str, str]]:
@@ -103,6 +110,8 @@ class HFDataset(Source):
         photo = as_image(_picture(row[self.image_column]))
         size = (photo.shape[1], photo.shape[2])
         values = self._masks(row)
+        if None in values:
+            raise InvalidInputError(f"expected {len(values)} masks, got none at {values.index(None)}: leave it out")
         if self._mask_bytes:
             masks = [read_mask(io.BytesIO(_bytes(value)), size, f"mask {i}") for i, value in enumerate(values)]
             stack = np.stack(masks) if masks else np.empty((0, *size), bool)
@@ -117,9 +126,8 @@ class HFDataset(Source):
         return [json.dumps(code).encode() for code in refined.to_rle()]
 
     def unrefined(self, index: int) -> list[bytes]:
-        """The same of what the row holds."""
-        values = self._masks(self._rows[index])
-        return [_bytes(value) if self._mask_bytes else _rle_json(value) for value in values]
+        """A sign for each mask: what the row holds is at hand when the output is written."""
+        return [AS_IT_CAME] * len(self.positions(index))
 
     def check_target(self, output: Path) -> Path:
         """A folder that is empty, or to be made."""
@@ -130,18 +138,21 @@ class HFDataset(Source):
         datasets = _library()
 
         def rows() -> Iterator[dict[str, Any]]:
-            for index, row in enumerate(self._rows):
-                values = [self._value(next(records)) for _ in self.positions(index)]
-                if self._is_list:
-                    row[self.masks_column] = values
-                elif values:
-                    row[self.masks_column] = values[0]
+            for row in self._rows:
+                values = [self._value(given, next(records)) for given in self._masks(row)]
+                if values:
+                    row[self.masks_column] = values if self._is_list else values[0]
                 yield row
 
         # Named, as the library would else name it after the content of the generator, which cannot be pickled.
-        refined = datasets.Dataset.from_generator(
-            rows, features=self._features, cache_dir=str(scratch / "cache"), fingerprint="transfiner"
-        )
+        try:
+            refined = datasets.Dataset.from_generator(
+                rows, features=self._features, cache_dir=str(scratch / "cache"), fingerprint="transfiner"
+            )
+        except datasets.exceptions.DatasetGenerationError as error:
+            if isinstance(error.__cause__, OSError):  # a full disk
+                raise error.__cause__ from None
+            raise
         if not self._files:
             refined.save_to_disk(target)
             return
@@ -167,8 +178,10 @@ class HFDataset(Source):
             return []
         return value if self._is_list else [value]
 
-    def _value(self, record: bytes) -> Any:
-        """A mask as its feature wants it."""
+    def _value(self, given: Any, record: bytes) -> Any:
+        """A mask as its feature wants it, refined or as the row has it."""
+        if record == AS_IT_CAME:
+            return given
         return {"bytes": record, "path": None} if self._mask_bytes else json.loads(record)
 
 
@@ -181,6 +194,24 @@ def _library() -> Any:
             "pip install 'transfiner-refine[datasets]'"
         ) from error
     return datasets
+
+
+def _parquet_files(path: Path) -> list[Path]:
+    return sorted(file for file in path.glob("*.parquet") if file.is_file())
+
+
+@contextmanager
+def _reading(path: Path, name: str) -> Iterator[None]:
+    """Turn whatever a damaged dataset raises into one kind of error; the file ``name`` makes it pass for a dataset."""
+    try:
+        yield
+    except Exception as error:  # whatever Arrow, JSON or the library stumbles over
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split())[:200]
+        raise InvalidInputError(
+            f"expected a dataset in {path} that the package datasets can read, got {type(cause).__name__}: {reason}; "
+            f"save it again, or remove {name} if the folder is none"
+        ) from error
 
 
 def _mask_kind(datasets: Any, feature: Any, name: str) -> tuple[bool, bool]:
@@ -222,12 +253,6 @@ def _picture(value: dict[str, Any] | None) -> Image.Image:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InvalidInputError(f"expected an image that Pillow can read, got: {error}") from error
     return image
-
-
-def _rle_json(value: dict[str, Any]) -> bytes:
-    counts = value["counts"]
-    text = counts.decode("latin-1") if isinstance(counts, bytes) else counts
-    return json.dumps({"size": value["size"], "counts": text}).encode()
 
 
 def _parquet_rows(file: Path) -> int:

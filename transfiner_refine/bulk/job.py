@@ -117,7 +117,7 @@ def run(
 
     Raises:
         TransfinerError: If an input, the model, the output or an option is of no use, the unfinished job beside the
-            output is another, or not one image could be refined.
+            output is another or damaged, an image cannot be refined in a strict job, or not one could be refined.
     """
     source = work.source
     output = source.check_target(output)
@@ -127,6 +127,7 @@ def run(
     refiner = (work if engine == "local" else replace(work, device=None)).load_refiner()
     parts.open(manifest(work, shard_images))
     try:
+        _check_finished(work, parts)
         pending = parts.pending()
         left = sum(len(parts.images_of(shard)) for shard in pending)
         begin(len(source) - left, len(source))
@@ -189,9 +190,20 @@ def _shards_here(work: Work, refiner: Any, parts: Parts, pending: list[int], adv
         yield shard, pack(finished)
 
 
+def _check_finished(work: Work, parts: Parts) -> None:
+    """Make sure that what an earlier run has finished is whole and, in a strict job, has no skipped image."""
+    for header in parts.headers(parts.finished()):
+        if work.strict and header.skipped:
+            source, (index, reason) = work.source, header.skipped[0]
+            raise InvalidInputError(
+                f"{source.path}, {source.noun} {source.label(index)!r}: {reason}; skipped by an earlier run: "
+                f"mend it and delete {parts.folder} to start anew, or leave out --strict"
+            )
+
+
 def _summary(work: Work, parts: Parts, resumed: int, seconds: float) -> Summary:
     source = work.source
-    headers = list(parts.headers())
+    headers = list(parts.headers(parts.shards))
     skipped = [(source.label(index), reason) for header in headers for index, reason in header.skipped]
     if skipped and len(skipped) == len(source):
         label, reason = skipped[0]

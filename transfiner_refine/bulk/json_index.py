@@ -44,7 +44,11 @@ class ResultsIndex:
                         raise InvalidInputError(f"{path}, entry {index}: {fault}")
                     images.append(numbers.setdefault(entry["image_id"], len(numbers)))
                     ranges.extend((start, end))
-        except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        except InvalidInputError:
+            raise
+        except RecursionError:
+            raise InvalidInputError(f"expected a JSON file, got {path}, which is nested too deeply") from None
+        except (OSError, ValueError):  # no JSON, no UTF-8, or a number of too many digits
             load_results(path)  # raises the error of whoever reads the file at once
             raise InvalidInputError(f"expected JSON in UTF-8 without a byte order mark, got {path}") from None
         image_of = np.array(images, np.int64)

@@ -34,8 +34,8 @@ class MaskFolder(Source):
         missing_ok: Whether some of the photos may be missing; they count as images that cannot be refined.
 
     Raises:
-        InvalidInputError: If one of them is no folder, both are the same, there are no masks, two photos have one
-            name, or photos are missing.
+        InvalidInputError: If one of them is no folder, both are the same, there are no masks or images that are no PNG
+            among them, two photos have one name, or photos are missing.
     """
 
     noun: ClassVar[str] = "photo"
@@ -50,7 +50,7 @@ class MaskFolder(Source):
             raise InvalidInputError(f"expected masks in a folder of their own, got {images} for photos and masks")
         self._photos = _photos(images)
         masks: dict[str, list[str]] = {}
-        names = sorted(path.relative_to(predictions).as_posix() for path in predictions.rglob("*.png"))
+        names = _masks(predictions)
         for name in names:
             masks.setdefault(self._photo_of(name), []).append(name)
         if not masks:
@@ -147,11 +147,23 @@ def check_new_folder(output: Path) -> Path:
     return target
 
 
+def _masks(folder: Path) -> list[str]:
+    """File names of the masks, relative to the folder and in order."""
+    found = [path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+    names = sorted(path.relative_to(folder).as_posix() for path in found)
+    if others := [name for name in names if not name.lower().endswith(".png")]:
+        raise InvalidInputError(
+            f"expected no images but PNG masks in {folder}, got {len(others)} others, {others[0]!r} the first: save "
+            "them as PNG, or move them away"
+        )
+    return names
+
+
 def _photos(folder: Path) -> dict[str, str]:
     """File names of the photos by their names without suffix."""
     photos: dict[str, str] = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in IMAGE_SUFFIXES:
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
             if path.stem in photos:
                 raise InvalidInputError(
                     f"expected one photo of each name in {folder}, got {photos[path.stem]} and {path.name}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -79,17 +79,22 @@ class Parts:
             manifest: What makes the job what it is, in plain JSON values.
 
         Raises:
-            InvalidInputError: If the folder is of another job, the message says in what they differ; or if another
-                process works on it.
+            InvalidInputError: If the folder is of another job, the message says in what they differ; if another process
+                works on it; or if it is damaged, or cannot be made.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout:
             raise InvalidInputError(
                 f"expected one job at a time in {self.folder}, got another process that works on it: wait for it, or "
                 "give another --output"
             ) from None
+        except OSError as error:
+            raise InvalidInputError(
+                f"expected the folder {self.folder} for what is finished, got: {error.strerror}; remove what is there, "
+                "or give another --output"
+            ) from error
         try:
             self._open(manifest)
         except InvalidInputError:
@@ -97,9 +102,9 @@ class Parts:
             raise
 
     def _open(self, manifest: dict[str, Any]) -> None:
-        path = self.folder / MANIFEST
-        if path.is_file():
-            if differences := _differences(load_json(path), manifest):
+        found = self._manifest()
+        if found is not None:
+            if differences := _differences(found, manifest):
                 raise InvalidInputError(
                     f"expected the unfinished job in {self.folder} to be this one, got another: {differences}; delete "
                     "that folder to start anew, or give another --output"
@@ -110,12 +115,31 @@ class Parts:
             raise InvalidInputError(
                 f"expected an unfinished job in {self.folder}, got a folder without {MANIFEST}: move it away"
             )
-        write_json_atomic(path, manifest)
+        write_json_atomic(self.folder / MANIFEST, manifest)
+
+    def _manifest(self) -> dict[str, Any] | None:
+        """Read the manifest; None if there is no unfinished job."""
+        path = self.folder / MANIFEST
+        if not path.is_file():
+            return None
+        try:
+            found = load_json(path)
+        except InvalidInputError:
+            found = None
+        if not isinstance(found, dict):
+            raise InvalidInputError(
+                f"expected the description of an unfinished job in {path}, got a damaged file: delete {self.folder} to "
+                "start anew, or give another --output"
+            )
+        return found
 
     def recorded(self, name: str) -> Any:
-        """Look up a value of the manifest; None if there is no unfinished job."""
-        path = self.folder / MANIFEST
-        return load_json(path).get(name) if path.is_file() else None
+        """Look up a value of the manifest; None if there is no unfinished job.
+
+        Raises:
+            InvalidInputError: If the manifest is damaged.
+        """
+        return (self._manifest() or {}).get(name)
 
     def images_of(self, shard: int) -> range:
         """Numbers of a shard's images."""
@@ -125,6 +149,10 @@ class Parts:
     def pending(self) -> list[int]:
         """Shards that are not finished."""
         return [shard for shard in self.shards if not self._path(shard).is_file()]
+
+    def finished(self) -> list[int]:
+        """Shards that are finished."""
+        return [shard for shard in self.shards if self._path(shard).is_file()]
 
     def add(self, shard: int, content: bytes) -> None:
         """Keep a finished shard: whole, or not at all."""
@@ -144,21 +172,43 @@ class Parts:
         if self.folder.is_dir() and len(self.pending()) == len(self.shards):
             shutil.rmtree(self.folder)
 
-    def headers(self) -> Iterator[Header]:
-        """Read the headers of all shards, in order."""
-        for shard in self.shards:
-            with self._path(shard).open("rb") as file:
+    def headers(self, shards: Iterable[int]) -> Iterator[Header]:
+        """Read the headers of finished shards.
+
+        Raises:
+            InvalidInputError: If a shard is damaged.
+        """
+        return map(self._header, shards)
+
+    def _header(self, shard: int) -> Header:
+        path, images = self._path(shard), self.images_of(shard)
+        try:
+            with path.open("rb") as file:
                 line = file.readline()
+                size = os.fstat(file.fileno()).st_size
             value = json.loads(line)
             skipped = [(index, reason) for index, reason in value["skipped"]]
-            yield Header(value["lengths"], skipped, Figures.from_json(value["figures"]), len(line))
+            header = Header(value["lengths"], skipped, Figures.from_json(value["figures"]), len(line))
+            counts = [len(self.source.positions(index)) for index in images]
+            if list(map(len, header.lengths)) != counts or header.end + sum(map(sum, header.lengths)) != size:
+                raise ValueError("other records than the header says")
+        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+            raise InvalidInputError(
+                f"expected a whole shard of {len(images)} images in {path}, got a damaged file: delete it, and its "
+                "images are refined again"
+            ) from error
+        return header
 
     def assemble(self, output: Path) -> None:
-        """Write the output from the finished shards; it takes its place when it is complete."""
+        """Write the output from the finished shards; it takes its place when it is complete.
+
+        Raises:
+            InvalidInputError: If the output cannot be written, as on a full disk, or a shard is damaged.
+        """
         count = self.source.record_count
         shard_of, starts = np.zeros(count, np.int64), np.zeros(count, np.int64)
         lengths = np.zeros(count, np.int64)
-        for shard, header in enumerate(self.headers()):
+        for shard, header in enumerate(self.headers(self.shards)):
             start = header.end
             for index, sizes in zip(self.images_of(shard), header.lengths, strict=True):
                 for position, size in zip(self.source.positions(index), sizes, strict=True):
@@ -174,10 +224,17 @@ class Parts:
 
         scratch = self.folder / "scratch"
         shutil.rmtree(scratch, ignore_errors=True)  # of an assembly that was interrupted
-        scratch.mkdir()
         target = scratch / "output"
-        self.source.write(target, records(), scratch)
-        os.replace(target, output)
+        try:
+            scratch.mkdir()
+            self.source.write(target, records(), scratch)
+            os.replace(target, output)
+        except OSError as error:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise InvalidInputError(
+                f"expected to write {output}, got: {error.strerror or error}; mend that, and the same command goes on "
+                f"from {self.folder}"
+            ) from error
 
     def _path(self, shard: int) -> Path:
         return self.folder / f"shard_{shard:06}"
