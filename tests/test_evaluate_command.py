@@ -154,6 +154,41 @@ def test_part_of_the_images_regardless_of_category(run: Run, files: Files, tmp_p
     assert document["results"][0]["mask"]["ap"] == average_precision(truth, files.results[files.before]).ap
 
 
+def test_a_background_photo_alone(run: Run, files: Files, tmp_path: Path):
+    names = tmp_path / "names.txt"
+    names.write_text("18.jpg\n")  # without an object
+    found = {**files.results[files.before][0], "image_id": 18, "segmentation": encode(np.ones((1, 40, 40), bool))[0]}
+    files.before.write_text(json.dumps([found]))
+    for extra in ([], ["--class-agnostic"]):
+        code, out, err = run(files.before, "--annotations", files.annotations, "--only", names, *extra)
+        assert code == 0, err
+        assert row(out, "mask AP") == row(out, "boundary AP") == ["-"]
+
+
+def test_a_file_without_a_matching_detection_is_reported_without_the_analysis(run: Run, files: Files):
+    files.after.write_text("[]")
+    arguments = [files.before, files.after, "--annotations", files.annotations, "--incoherence"]
+    code, out, err = run(*arguments, "--json", files.output)
+    assert code == 0, err
+    assert row(out, "mask AP")[1] == "0.00"
+    assert out.count("All regions filled with ground truth") == 1
+    assert "no incoherence analysis of refined.json: expected detections whose box overlaps" in out
+    first, second = json.loads(files.output.read_text())["results"]
+    assert first["incoherence"]["count"] > 0
+    assert second["incoherence"] is None and second["mask"]["ap"] == 0
+    assert run(files.before, "--annotations", files.annotations, "--json", files.output)[0] == 0
+    (plain,) = json.loads(files.output.read_text())["results"]
+    assert "incoherence" not in plain, "null means that there was nothing to analyse, not that nobody asked"
+
+
+def test_a_terminal_that_cannot_print_a_table_does_not_lose_the_work(files: Files, monkeypatch: pytest.MonkeyPatch):
+    arguments = ["evaluate", files.before, "--annotations", files.annotations, "--incoherence", "--json", files.output]
+    monkeypatch.setenv("COLUMNS", "200")
+    result = CliRunner(charset="ascii").invoke(cli.app, [str(argument) for argument in arguments])
+    assert isinstance(result.exception, UnicodeEncodeError)
+    assert json.loads(files.output.read_text())["results"][0]["incoherence"]["count"] > 0
+
+
 def test_files_of_one_name_are_told_apart(run: Run, files: Files, tmp_path: Path):
     (tmp_path / "b").mkdir()
     other = tmp_path / "b" / "coarse.json"

@@ -227,6 +227,16 @@ def test_ids_and_missing_areas_do_not_matter(tmp_path):
     assert average_precision(load_ground_truth(write(tmp_path, annotations)), results) == expected
 
 
+@pytest.mark.parametrize("null", [{"area": None}, {"iscrowd": None}])
+def test_null_is_no_value(tmp_path, null):
+    annotations, _ = coco_set(1)
+    for entry in annotations["annotations"]:
+        entry["iscrowd"] = 0
+    expected = load_ground_truth(write(tmp_path, annotations)).objects  # the areas of the set are those of its masks
+    annotations["annotations"] = [{**entry, **null} for entry in annotations["annotations"]]
+    assert load_ground_truth(write(tmp_path, annotations, "null.json")).objects == expected
+
+
 def test_the_area_is_that_of_the_mask_whatever_the_box(tmp_path):
     annotations, results = coco_set(1)
     truth = load_ground_truth(write(tmp_path, annotations))
@@ -298,6 +308,37 @@ def test_results_of_other_categories_alone_are_no_zero(tmp_path):
     with pytest.raises(InvalidInputError, match=r"1, 18, 3, got 101, 103, 118.*--class-agnostic"):
         average_precision(truth, results)
     assert average_precision(truth.regardless_of_category(), results).ap > 0
+
+
+@pytest.mark.parametrize("any_category", [False, True])
+def test_results_where_nothing_is_annotated(tmp_path, any_category):
+    annotations, results = coco_set(0)
+    nothing = {**annotations, "annotations": []}
+    truth = load_ground_truth(write(tmp_path, nothing))
+    if any_category:
+        truth = truth.regardless_of_category()
+    assert all(math.isnan(value) for value in by_pycocotools(nothing, results, any_category).values())
+    for overlap in ("mask", "boundary"):
+        assert all(math.isnan(value) for value in asdict(average_precision(truth, results, overlap)).values())
+
+
+def test_lvis_results_where_no_category_is_known(tmp_path):
+    annotations, results = coco_set(0)
+    lvis_path = write(tmp_path, lvis_set(annotations, 0), "lvis.json")
+    truth = load_lvis(lvis_path, load_ground_truth(write(tmp_path, annotations)))
+    assert truth.federation is not None
+    open_questions: dict[Any, frozenset[int]] = dict.fromkeys(truth.sizes, frozenset())
+    unknown = replace(truth, objects=[], federation=replace(truth.federation, absent=open_questions))
+    assert all(math.isnan(value) for value in asdict(average_precision(unknown, results)).values())
+
+
+def test_images_without_a_name_cannot_be_chosen_by_it(tmp_path):
+    annotations, _ = coco_set(0)
+    annotations["images"][2].pop("file_name")
+    path = write(tmp_path, annotations)
+    assert len(load_ground_truth(path).sizes) == 6
+    with pytest.raises(InvalidInputError, match=r'expected a "file_name" in every one of "images" .*30.*: add it, or'):
+        load_ground_truth(path, only=["12.jpg"])
 
 
 @pytest.mark.parametrize(

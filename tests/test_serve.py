@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -189,6 +190,17 @@ class TestMaskFiles:
         with pytest.raises(InvalidInputError, match="at most 2 masks"):
             uploads.masks_of_files([tmp_path / f"{number}.png" for number in range(3)], (10, 5))
 
+    def test_number_of_masks_is_bounded_however_small_the_photo(self, tmp_path: Path):
+        entry = {"image_id": 1, "segmentation": encode(np.ones((1, 20, 30), bool))[0]}
+        path = tmp_path / "many.json"
+        path.write_text(json.dumps([entry] * 100))
+        masks, _ = uploads.masks_of_files([path], (20, 30))
+        assert len(masks) == 100
+        path.write_text(json.dumps([entry] * 101))
+        for paths in ([path], [tmp_path / f"{number}.png" for number in range(101)]):
+            with pytest.raises(InvalidInputError, match="at most 100 masks of a photo, and these are 101: use the"):
+                uploads.masks_of_files(paths, (20, 30))
+
 
 @pytest.fixture(scope="module")
 def done(refiner: Refiner, cup: examples.Example) -> refinement.Refinement:
@@ -241,7 +253,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with socket.create_server((server.HOST, 0)) as probe:
         port = probe.getsockname()[1]
     command = [sys.executable, "-W", "ignore", "-c", "from transfiner_refine.cli import main; main()", "serve"]
-    environment = os.environ | {"TMPDIR": str(folder), "HF_HUB_OFFLINE": "1"}
+    # A proxy that does not answer: Gradio calls its own address when it starts, which must not go through one.
+    proxy = dict.fromkeys(("HTTP_PROXY", "http_proxy"), "http://127.0.0.1:9")
+    environment = os.environ | proxy | {"TMPDIR": str(folder), "HF_HUB_OFFLINE": "1"}
     with subprocess.Popen(
         [*command, "--port", str(port)], env=environment, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -254,6 +268,45 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         process.communicate(timeout=60)
     assert process.returncode == 0
     assert not any(folder.iterdir()), "the files of visitors are removed at the end"
+
+
+def take_example(page: Served) -> list[Any]:
+    """Click on the first example, as the page's script does; returns what the page is told."""
+    session = "tests"
+    click = {"data": [], "fn_index": 0, "session_hash": session, "event_data": {"index": 0, "value": None}}
+    request = urllib.request.Request(
+        f"{page.url}gradio_api/queue/join", json.dumps(click).encode(), {"Content-Type": "application/json"}
+    )
+    urllib.request.urlopen(request).close()
+    with urllib.request.urlopen(f"{page.url}gradio_api/queue/data?session_hash={session}") as lines:
+        messages = (json.loads(line[5:]) for line in lines if line.startswith(b"data:"))
+        done = next(message for message in messages if message["msg"] == "process_completed")
+    assert done["success"], done
+    return done["output"]["data"]
+
+
+class FakePage:
+    """Stands for the page that Gradio makes; starting it fails with ``error``."""
+
+    error: Exception | None = None
+    closed = False
+
+    def launch(self, **options: Any) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def close(self, verbose: bool) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakePage:
+    """The page that is served in this process, without Gradio."""
+    page = FakePage()
+    stub = SimpleNamespace(Handlers=lambda *_: None, build=lambda _: page, CSS="", THEME=None)
+    for name in ("handlers", "page"):
+        monkeypatch.setitem(sys.modules, f"transfiner_refine.web.{name}", stub)
+    return page
 
 
 class TestServer:
@@ -272,6 +325,42 @@ class TestServer:
             port = taken.getsockname()[1]
             with pytest.raises(InvalidInputError, match="choose another"), server.running(refiner, port=port):
                 pass
+
+    @pytest.mark.parametrize(("name", "given"), [("NO_PROXY", "a.org"), ("no_proxy", "a.org"), ("no_proxy", None)])
+    def test_no_proxy_is_asked_for_the_page(
+        self, refiner: Refiner, fake: FakePage, monkeypatch: pytest.MonkeyPatch, name: str, given: str | None
+    ):
+        for variable in ("NO_PROXY", "no_proxy"):
+            monkeypatch.delenv(variable, raising=False)
+        if given is not None:
+            monkeypatch.setenv(name, given)
+        before = dict(os.environ)
+        with server.running(refiner, "127.0.0.1", port=0):
+            for variable in ("NO_PROXY", "no_proxy"):
+                assert os.environ[variable].split(",") == [*filter(None, [given]), "127.0.0.1", "localhost"]
+        assert dict(os.environ) == before and fake.closed
+
+    def test_a_page_that_does_not_start_is_one_line(self, refiner: Refiner, fake: FakePage):
+        fake.error = RuntimeError("no\nway")
+        with (
+            pytest.raises(InvalidInputError, match="got RuntimeError: no way; choose another") as error,
+            server.running(refiner, port=0),
+        ):
+            pass
+        assert fake.closed and "\n" not in str(error.value)
+
+    def test_an_error_while_the_page_is_served_stays_what_it_is(self, refiner: Refiner, fake: FakePage):
+        with pytest.raises(RuntimeError, match="later"), server.running(refiner, port=0):
+            raise RuntimeError("later")
+        assert fake.closed
+
+    def test_an_example_can_be_taken_again_after_its_files_were_deleted(self, page: Served):
+        for _ in range(2):
+            photo, _, (results,) = take_example(page)
+            taken = [Path(file["path"]) for file in (photo, results)]
+            assert [path.name for path in taken] == ["coffee.jpg", "coffee.json"]
+            for path in taken:
+                path.unlink()  # as Gradio does with old files that a handler returned
 
     @pytest.mark.skipif(sys.platform != "linux", reason="only there is all of 127.0.0.0/8 this machine")
     def test_listens_on_one_address(self, page: Served):

@@ -78,7 +78,8 @@ class GroundTruth:
 
         Raises:
             InvalidInputError: If an entry is of an unknown image, lacks a category or a score, or its segmentation is
-                broken, or none of the results is of a category that occurs; the message says which.
+                broken, or none of the results is of a category that occurs; the message says which. Where no category
+                occurs at all, results are of any.
 
         Note:
             ``area`` is always that of the mask. pycocotools takes the area of ``bbox`` where an entry has one, which
@@ -95,7 +96,7 @@ class GroundTruth:
         known = {entry["category_id"] for entry in self.objects}
         if self.federation is not None:
             known |= set().union(*self.federation.absent.values())
-        if checked and known.isdisjoint(found := {entry["category_id"] for entry in checked}):
+        if checked and known and known.isdisjoint(found := {entry["category_id"] for entry in checked}):
             raise InvalidInputError(
                 f"expected results of the categories that are annotated, {_named(known)}, got {_named(found)}: map "
                 "the category ids, or match masks regardless of category (--class-agnostic)"
@@ -126,16 +127,21 @@ def load_ground_truth(path: Path | str, only: Collection[str] | None = None) -> 
         only: File names of the images to evaluate; None evaluates all.
 
     Returns:
-        The annotations of these images. Where one has no ``area`` it is counted.
+        The annotations of these images. Where one has no ``area``, or null, it is counted.
 
     Raises:
-        InvalidInputError: If the file cannot be read or is not of this form, a segmentation is broken, or a file name
-            of ``only`` is not in it.
+        InvalidInputError: If the file cannot be read or is not of this form, a segmentation is broken, a file name of
+            ``only`` is not in it, or with ``only`` an image has no file name.
     """
     document = load_annotations_document(path)
     images = document["images"]
     if only is not None:
-        names = {image.get("file_name") for image in images}
+        if unnamed := [image for image in images if not isinstance(image.get("file_name"), str)]:
+            raise InvalidInputError(
+                f'expected a "file_name" in every one of "images" in {path}, got {str(unnamed[0])[:80]}: add it, or '
+                "evaluate all images"
+            )
+        names = {image["file_name"] for image in images}
         if missing := set(only) - names:
             raise InvalidInputError(
                 f"expected the file names to evaluate among the images of {path}, got {len(missing)} unknown: "
@@ -206,13 +212,15 @@ def checked_objects(
             fields = _mask_fields(entry["segmentation"], sizes[entry["image_id"]])
         except InvalidInputError as error:
             raise InvalidInputError(f"{path}, annotation {position}: {error}") from None
+        # Some tools write null where they have no value.
+        area = entry.get("area")
         objects.append(
             {
                 "image_id": entry["image_id"],
                 "category_id": entry["category_id"],
-                "iscrowd": int(entry.get("iscrowd", 0)),
+                "iscrowd": int(entry.get("iscrowd") or 0),
                 **fields,
-                "area": entry.get("area", fields["area"]),
+                "area": fields["area"] if area is None else area,
             }
         )
     return objects

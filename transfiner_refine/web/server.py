@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -32,7 +33,7 @@ def serve_page(refiner: Refiner, host: str = HOST, port: int = PORT) -> None:
 
     Raises:
         MissingDependencyError: If Gradio is not installed.
-        InvalidInputError: If the address cannot be listened on.
+        InvalidInputError: If the address cannot be listened on, or the page cannot be started there.
     """
     with running(refiner, host, port) as page:
         print(f"Serving {page.local_url} until you press Ctrl+C.", flush=True)
@@ -53,27 +54,46 @@ def running(refiner: Refiner, host: str = HOST, port: int = PORT) -> Iterator:
 
     Raises:
         MissingDependencyError: If Gradio is not installed.
-        InvalidInputError: If the address cannot be listened on.
+        InvalidInputError: If the address cannot be listened on, or the page cannot be started there.
     """
     _check_address(host, port)
-    with tempfile.TemporaryDirectory(prefix="transfiner-refine-") as name, _environment(name), _pixel_limit():
-        try:
-            from transfiner_refine.web.handlers import Handlers
-            from transfiner_refine.web.page import CSS, THEME, build
-        except ImportError as error:
-            raise MissingDependencyError(
-                f"expected the package gradio, which makes the page, got: {error}; "
-                "install it with: pip install 'transfiner-refine[demo]'"
-            ) from error
-        folder = Path(name)
-        page = build(Handlers(refiner, write_examples(folder), folder))
+    with tempfile.TemporaryDirectory(prefix="transfiner-refine-") as name:
+        # Gradio deletes old files of its folder once a handler has returned them; of those elsewhere it returns copies.
+        visitors, examples = Path(name, "visitors"), Path(name, "examples")
+        visitors.mkdir()
+        examples.mkdir()
+        with _environment(str(visitors), host), _pixel_limit():
+            page = _build(refiner, examples, visitors)
+            try:
+                _launch(page, host, port, examples)
+                yield page
+            finally:
+                page.close(verbose=False)
+
+
+def _build(refiner: Refiner, examples: Path, visitors: Path) -> Any:
+    try:
+        from transfiner_refine.web.handlers import Handlers
+        from transfiner_refine.web.page import build
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"expected the package gradio, which makes the page, got: {error}; "
+            "install it with: pip install 'transfiner-refine[demo]'"
+        ) from error
+    return build(Handlers(refiner, write_examples(examples), visitors))
+
+
+def _launch(page: Any, host: str, port: int, examples: Path) -> None:
+    from transfiner_refine.web.page import CSS, THEME
+
+    try:
         page.launch(
             server_name=host,
             server_port=port,
             share=False,
             prevent_thread_lock=True,
             quiet=True,
-            allowed_paths=[],
+            allowed_paths=[str(examples)],
             max_file_size=MAX_BYTES,
             state_session_capacity=VISITORS,
             run_history=False,
@@ -86,10 +106,12 @@ def running(refiner: Refiner, host: str = HOST, port: int = PORT) -> Iterator:
             theme=THEME,
             css=CSS,
         )
-        try:
-            yield page
-        finally:
-            page.close(verbose=False)
+    except Exception as error:  # Gradio documents none, and raises those of its server and of its HTTP client, too
+        raise InvalidInputError(
+            f"expected a page that starts at {host}:{port} and that this machine can reach, got "
+            f"{type(error).__name__}: {' '.join(str(error).split())}; choose another address with --host and --port, "
+            "or check the proxy settings of the environment"
+        ) from error
 
 
 def _check_address(host: str, port: int) -> None:
@@ -102,13 +124,20 @@ def _check_address(host: str, port: int) -> None:
 
 
 @contextmanager
-def _environment(folder: str) -> Iterator[None]:
-    """What Gradio reads from the environment: uploads go to ``folder``, nothing is reported, nothing else is served."""
+def _environment(folder: str, host: str) -> Iterator[None]:
+    """What Gradio reads from the environment: uploads go to ``folder``, nothing is reported, nothing else is served.
+
+    When it starts, Gradio calls its own address, as "localhost" if it listens on all: no proxy could pass that on.
+    """
+    others = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    direct = ",".join([*([others] if others else []), host, "localhost"])
     values = {
         "GRADIO_TEMP_DIR": folder,
         "GRADIO_ANALYTICS_ENABLED": "False",
         "GRADIO_ALLOWED_PATHS": "",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": direct,
+        "no_proxy": direct,  # where both are set, this one counts
     }
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)

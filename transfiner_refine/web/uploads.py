@@ -29,6 +29,9 @@ MAX_PIXELS = 16_000_000
 MAX_MASK_PIXELS = 200_000_000
 """Of all masks of a photo together."""
 
+MAX_MASKS = 100
+"""Of a photo, however small: each costs time and memory whatever its pixels, and visitors wait for one another."""
+
 FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
 """Image formats, as Pillow names them."""
 
@@ -79,7 +82,8 @@ def masks_of_files(paths: Sequence[str | Path], size: tuple[int, int]) -> tuple[
         N masks, and for masks of a results file its N entries.
 
     Raises:
-        InvalidInputError: If there is no file, files are mixed, or one of them is of another size or cannot be used.
+        InvalidInputError: If there is no file, files are mixed, there are too many masks, or one of the files is of
+            another size or cannot be used.
     """
     if not paths:
         raise InvalidInputError("There is no mask yet: add a mask image or COCO results, or draw the mask.")
@@ -204,11 +208,11 @@ def _check_file(path: str | Path) -> None:
 
 
 def _check_count(count: int, size: tuple[int, int]) -> None:
-    limit = max(1, MAX_MASK_PIXELS // (size[0] * size[1]))
-    if count > limit:
+    fitting = max(1, MAX_MASK_PIXELS // (size[0] * size[1]))
+    if count > min(fitting, MAX_MASKS):
+        limit = f"{fitting} masks of a photo of this size" if fitting < MAX_MASKS else f"{MAX_MASKS} masks of a photo"
         raise InvalidInputError(
-            f"The page takes at most {limit} masks of a photo of this size, and these are {count}: "
-            "use the command transfiner-refine image."
+            f"The page takes at most {limit}, and these are {count}: use the command transfiner-refine image."
         )
 
 
