@@ -71,6 +71,12 @@ def test_neighbours_hide_the_object_or_are_hidden_by_it(in_front: float):
     assert met > 15
 
 
+def test_nothing_is_pasted_where_the_object_fills_its_cut_out():
+    shares = CompositeShares(stamp=0, background=0, neighbour=1, poles=0)
+    full = coloured(np.ones(SIZE, bool), 230, 30)
+    assert all(composer(shares).scene(full, np.random.default_rng(seed)) is None for seed in range(5))
+
+
 def test_another_background_leaves_the_object():
     shares = CompositeShares(stamp=0, background=1, neighbour=0, poles=0)
     rng = np.random.default_rng(0)

@@ -119,6 +119,16 @@ class TestConvert:
             convert_checkpoint(checkpoint, tmp_path)
         assert [x.name for x in tmp_path.iterdir()] == ["note.txt"]
 
+    def test_an_output_that_cannot_be_made_is_known_first(self, tmp_path: Path):
+        """Before the checkpoint is read: there is none."""
+        (tmp_path / "note.txt").write_text("mine")
+        for output in (tmp_path / "note.txt" / "model", tmp_path / "note.txt" / "new" / "model"):
+            with pytest.raises(InvalidInputError, match=f"expected a directory {output} that can be made, got: Not"):
+                convert_checkpoint(tmp_path / "none.pth", output)
+        with pytest.raises(WeightsError, match="which is no file"):
+            convert_checkpoint(tmp_path / "none.pth", tmp_path / "new" / "model")
+        assert [x.name for x in tmp_path.iterdir()] == ["note.txt"]
+
 
 class TestRefusal:
     """One clear error each, nothing written, nothing run."""

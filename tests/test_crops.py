@@ -71,6 +71,21 @@ def whiteness(sample: CropSample) -> np.ndarray:
     return np.clip((sample.image[0].numpy().astype(float) - 127) / 103, 0, 1)
 
 
+def test_what_is_broken_is_named(tmp_path: Path):
+    mask, box = rectangle((90, 100), (31, 40, 62, 75)), (31, 40, 62, 75)
+    source = write_dataset(tmp_path / "set", [{"mask": mask, "found": [{"mask": mask, "box": box}]}] * 2)
+    for name, part, key in (("annotations.json", "annotations", "segmentation"), ("detections.json", None, "soft28")):
+        path = tmp_path / "set" / name
+        before = path.read_text()
+        document = json.loads(before)
+        (document[part] if part else document)[1][key] = "abc"
+        path.write_text(json.dumps(document))
+        place = "annotation 20 of 2.png: expected a COCO" if part else "entry 1: expected soft28"
+        with pytest.raises(InvalidInputError, match=f"{path}, {place}"):
+            CropDataset([source], tmp_path / "cache")
+        path.write_text(before)
+
+
 # (image size, object): unshrunk, enlarged, and large enough to be shrunk in the cache.
 CASES = [((300, 400), (120, 90, 251, 180)), ((90, 100), (31, 40, 62, 75)), ((1400, 1200), (205, 300, 1003, 1000))]
 
@@ -218,15 +233,35 @@ def test_objects_are_chosen_as_asked(tmp_path: Path):
     assert [int(dataset[i].index) for i in range(4)] == [0, 1, 2, 3]
 
 
-def test_cache_is_reused_rebuilt_after_a_change_and_never_half_built(tmp_path: Path):
+@pytest.mark.parametrize("box", [(1000, 1000, 1050, 1050), (-3000, 10, 100, 70), (50, 30, 55, 90)])
+def test_a_wrong_box_is_replaced_by_that_of_the_mask(tmp_path: Path, box: tuple[int, int, int, int]):
+    """And the soft map in it is left out: the sample is the same as without either."""
+    mask, found = rectangle((120, 160), (50, 30, 110, 90)), rectangle((120, 160), (52, 30, 110, 90))
+    soft = np.full((28, 28), 99, np.uint8)
+    wrong = {"mask": found, "box": box, "soft": soft}
+    right = {"mask": found, "box": (52, 30, 110, 90)}
+    samples = []
+    for name, detection in (("wrong", wrong), ("right", right)):
+        source = write_dataset(tmp_path / name, [{"mask": mask, "found": [detection]}])
+        dataset = CropDataset([source], tmp_path / "cache", augment=False, real_share=1.0, soft_share=1.0)
+        samples.append(dataset[0])
+    assert all(torch.equal(a, b) for a, b in zip(*samples, strict=True))
+    assert samples[0].target.float().mean() > 0.5
+
+
+def test_cache_is_reused_rebuilt_after_a_change_and_never_half_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     mask = rectangle((120, 160), (50, 30, 110, 90))
     root = tmp_path / "set"
     source = write_dataset(root, [{"mask": mask}, {"mask": mask}])
     cache = tmp_path / "cache"
     image = CropDataset([source], cache, augment=False)[0].image
-    (root / "images/1.png").rename(root / "images/gone.png")
-    assert torch.equal(CropDataset([source], cache, augment=False)[0].image, image)  # no image is read again
+    with monkeypatch.context() as patch:
+        patch.setattr(cv2, "imread", None)
+        assert torch.equal(CropDataset([source], cache, augment=False)[0].image, image)  # no image is read again
+    cv2.imwrite(str(root / "images/1.png"), np.full((120, 160, 3), 99, np.uint8))
+    assert (CropDataset([source], cache, augment=False)[0].image[:, 100:150, 100:150] == 99).all()
 
+    (root / "images/1.png").rename(root / "images/gone.png")
     document = json.loads((root / "annotations.json").read_text())
     document["annotations"].pop()
     (root / "annotations.json").write_text(json.dumps(document))

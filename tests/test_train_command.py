@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -134,6 +135,16 @@ class TestCommand:
         assert "6 objects of 6 photos, else with simulated" in card
         assert "6 objects of 6 photos, coarse masks simulated" in card
 
+    def test_runs_that_share_a_cache_keep_their_own_photos(self, files: DataFiles, model: Path, tmp_path: Path):
+        shared = {"cache": tmp_path / "cache", "model": model, "steps": 1}
+        for seed in (0, 1, 0):
+            assert command(*options(files, tmp_path / f"run {seed}", seed=seed, **shared)) == 0
+        names = [
+            {image["file_name"] for image in json.loads(path.read_text())["images"]}
+            for path in (tmp_path / "cache").glob("train-*/annotations.json")
+        ]
+        assert len(names) == 2 and names[0] != names[1]
+
     def test_the_embedded_refiner_is_the_start(self, files: DataFiles, tmp_path: Path):
         assert command(*options(files, tmp_path, steps=1, predictions=files.predictions)) == 0
         assert Refiner.from_pretrained(tmp_path / "best").config == Refiner.from_pretrained().config
@@ -188,6 +199,41 @@ class TestErrors:
         )
         assert "got 1 missing, 'gone.png' the first" in line
 
+    def test_broken_annotations_are_found_by_their_place(self, files: DataFiles, tmp_path: Path):
+        entries = json.loads(files.annotations.read_text())["annotations"]
+        entries[8]["segmentation"] = {"size": [9, 9], "counts": [81]}
+        broken = self.rewrite(files, tmp_path, annotations=entries)
+        place = rf"{re.escape(str(broken.annotations))}, entry 8, 4\.png: expected run lengths of size \[90, 110\]"
+        with pytest.raises(InvalidInputError, match=place):
+            AnnotatedSet.read(broken)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"segmentation": {"size": list(SIZE), "counts": "zz~"}}, "expected counts compressed as in COCO"),
+            ({"soft28": "abc"}, "expected soft28 as base64 of 28x28 bytes, got 'abc'"),
+            ({"soft28": 5}, "expected soft28 as base64 of 28x28 bytes, got 5"),
+            ({"soft28": "AAAA"}, "expected soft28 as base64 of 28x28 bytes, got 3 bytes"),
+        ],
+    )
+    def test_broken_predictions_are_found_by_their_place(
+        self, files: DataFiles, model: Path, tmp_path: Path, capsys, changes: dict[str, object], message: str
+    ):
+        assert files.predictions is not None
+        results = json.loads(files.predictions.read_text())
+        results[3] |= changes
+        path = tmp_path / "dets.json"
+        # One of no annotated photo goes before: it is dropped, and the others' places move.
+        path.write_text(json.dumps([{"image_id": "other", "segmentation": []}, *results]))
+        line = self.failure(capsys, *options(files, tmp_path / "run", model=model, predictions=path))
+        assert f"{path}, entry 4, 4.png: {message}" in line
+
+    def test_a_damaged_photo(self, files: DataFiles, tmp_path: Path):
+        shutil.copytree(files.images, tmp_path / "photos")
+        (tmp_path / "photos" / "2.png").write_bytes(b"damaged")
+        with pytest.raises(InvalidInputError, match=r"expected a readable image, got .*2\.png"):
+            AnnotatedSet.read(replace(files, images=tmp_path / "photos"))
+
     def test_half_of_the_validation_files(self, files: DataFiles, tmp_path: Path, capsys):
         for name in ("validation-images", "validation-predictions"):
             line = self.failure(capsys, *options(files, tmp_path / "run", **{name: files.images}))
@@ -214,9 +260,32 @@ class TestData:
             with pytest.raises(InvalidInputError, match="validation share between 0 and 1"):
                 whole.split(share, 0)
 
+    def test_annotations_without_a_segmentation_are_left_out(self, files: DataFiles, tmp_path: Path):
+        document = json.loads(files.annotations.read_text())
+        box = {"image_id": "photo 0", "bbox": [1, 2, 3, 4]}
+        document["annotations"] += [box, {**box, "segmentation": None}, {**box, "segmentation": []}]
+        (tmp_path / "annotations.json").write_text(json.dumps(document))
+        boxed = replace(files, annotations=tmp_path / "annotations.json")
+        assert AnnotatedSet.read(boxed).objects == AnnotatedSet.read(files).objects
+        document["annotations"] += [{"bbox": [1, 2, 3, 4]}]
+        boxed.annotations.write_text(json.dumps(document))
+        with pytest.raises(InvalidInputError, match='entry 15: expected "image_id"'):
+            AnnotatedSet.read(boxed)
+
     def test_a_few_photos_are_spread_over_the_set(self, files: DataFiles):
         whole = AnnotatedSet.read(files)
         assert list(whole.spread(3).paths) == ["photo 0", "photo 2", "photo 5"] and whole.spread(6) is whole
+
+    def test_the_fingerprint_tells_files_of_one_name_apart(self, files: DataFiles, tmp_path: Path):
+        assert files.predictions is not None
+        places = tmp_path / "truth" / "data.json", tmp_path / "found" / "data.json"
+        for place, path in zip(places, (files.annotations, files.predictions), strict=True):
+            place.parent.mkdir()
+            shutil.copy(path, place)
+        same = DataFiles(files.images, *places)
+        assert same.fingerprint() == files.fingerprint() and len(set(files.fingerprint().values())) == 2
+        assert files.fingerprint().keys() == {"annotations", "predictions"}
+        assert replace(files, predictions=None).fingerprint().keys() == {"annotations"}
 
     def test_writing_again_changes_no_file(self, files: DataFiles, tmp_path: Path):
         """A cache of decoded objects stays fresh when a run is resumed."""

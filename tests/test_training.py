@@ -175,13 +175,16 @@ class TestLosses:
             counts[bias] = sum(taken)
         assert counts[-50.0] > 28 and counts[50.0] > counts[-50.0] + 400
 
-    def test_no_node_at_all(self):
+    @pytest.mark.parametrize("frozen", [False, True])
+    def test_no_node_at_all(self, frozen: bool):
         """A uniform truth and a coarse mask that is right: nothing to learn, nothing undefined."""
         image, roi, coarse, truth, weight = batch(1)
         config = LossConfig(incoherence_threshold=1.0, cross_entropy_weight=1.0)
-        losses = RefinementLoss(tiny_model(), config)(
-            image, roi, torch.ones_like(coarse), torch.ones_like(truth), weight
-        )
+        model = tiny_model()
+        if frozen:  # as in fine-tuning
+            model.transfiner.incoherence_detector.requires_grad_(False)
+            model.image_encoder.requires_grad_(False)  # type: ignore[union-attr]
+        losses = RefinementLoss(model, config)(image, roi, torch.ones_like(coarse), torch.ones_like(truth), weight)
         values = {name: float(value.detach()) for name, value in losses.items()}
         assert all(math.isfinite(value) for value in values.values()), values
         assert values["loss_refine"] == values["wrong_after"] == 0.0

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -322,6 +323,33 @@ class TestResuming:
         (tmp_path / "last.pt").write_bytes(b"")
         with pytest.raises(InvalidInputError, match=r"expected run\.json beside last\.pt"):
             run(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("metrics.jsonl", None, r"expected the figures of .* in .*metrics\.jsonl, got none of step 0: restore"),
+            ("metrics.jsonl", '{"step": 0, "score": 0.0}\n', "got none of step 2: restore"),
+            ("last.pt", 0.5, r"expected a whole checkpoint in .*last\.pt, got a damaged one: restore the file"),
+            ("last.pt", 0.0, r"expected a whole checkpoint in .*last\.pt, got a damaged one: restore the file"),
+            ("best", None, "expected the best weights so far, of step 2, in .*best, got none: restore the folder"),
+        ],
+    )
+    def test_parts_of_a_run(self, tmp_path: Path, name: str, content: str | float | None, message: str):
+        run(tmp_path, config=replace(SIX_STEPS, steps=2), validate=Scores(0.0, 1.0))
+        path = tmp_path / name
+        if isinstance(content, str):
+            path.write_text(content)
+        elif content is not None:
+            whole = path.read_bytes()
+            path.write_bytes(whole[: int(content * len(whole))])
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+        with pytest.raises(InvalidInputError, match=message):
+            run(tmp_path)
+        assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
 
     def test_what_does_not_touch_the_steps_made_may_change(self, tmp_path: Path):
         run(tmp_path, config=replace(SIX_STEPS, steps=2))

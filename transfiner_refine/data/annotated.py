@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from transfiner_refine.data.coco import (
     ImageId,
     Result,
+    entry_fault,
     group_by_image,
-    load_annotations,
     load_image_index,
+    load_json,
     load_results,
     write_atomic,
 )
+from transfiner_refine.data.object_cache import decode_soft, errors_in
 from transfiner_refine.errors import InvalidInputError
+from transfiner_refine.functional import rle
 
 MIN_AREA = 24 * 24
 """Pixels of the smallest object that is worth training on: finer than that, its outline is the annotator's guess."""
@@ -41,9 +45,9 @@ class DataFiles:
     predictions: Path | None = None
 
     def fingerprint(self) -> dict[str, str]:
-        """SHA-256 of each file, by name; the photos are not part of it."""
-        files = [self.annotations] + ([self.predictions] if self.predictions else [])
-        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+        """SHA-256 of each file, as ``annotations`` and ``predictions``; the photos are not part of it."""
+        files = {"annotations": self.annotations, "predictions": self.predictions}
+        return {role: hashlib.sha256(path.read_bytes()).hexdigest() for role, path in files.items() if path}
 
 
 @dataclass(frozen=True)
@@ -65,17 +69,17 @@ class AnnotatedSet:
         """Read a data set.
 
         Raises:
-            InvalidInputError: If a file cannot be read or is malformed, no photo has an object, a photo is missing, or
-                no prediction is about an annotated photo.
+            InvalidInputError: If a file cannot be read or is malformed, no photo has an object, a photo is missing or
+                damaged, a segmentation is not one of its photo, or no prediction is about an annotated photo.
         """
         names = load_image_index(files.annotations)
-        entries = [x for x in load_annotations(files.annotations) if x["segmentation"] and not x.get("iscrowd")]
+        entries = _annotated_objects(files.annotations)
         if not entries:
             raise InvalidInputError(
                 f"expected annotated objects in {files.annotations}, got none: annotate at least one with a "
                 "segmentation; crowds do not count"
             )
-        objects = _by_image(entries)
+        objects = _by_image(entries.values())
         if unknown := [image_id for image_id in objects if image_id not in names]:
             raise InvalidInputError(
                 f"expected every image_id of {files.annotations} among its images, got {len(unknown)} unknown, "
@@ -89,9 +93,13 @@ class AnnotatedSet:
                 f"expected the annotated images in {files.images}, got {len(missing)} missing, {missing[0]!r} the "
                 "first: check the folder"
             )
+        sizes = {image_id: _size_of(path) for image_id, path in paths.items()}
+        _check_masks(files.annotations, entries, names, sizes)
         predictions: dict[ImageId, list[Result]] = {}
         if files.predictions is not None:
-            predictions = _by_image(x for x in load_results(files.predictions) if x["image_id"] in objects)
+            results = {i: x for i, x in enumerate(load_results(files.predictions)) if x["image_id"] in objects}
+            _check_masks(files.predictions, results, names, sizes)
+            predictions = _by_image(results.values())
             if not predictions:
                 raise InvalidInputError(
                     f"expected predictions for the annotated images in {files.predictions}, got none: their image_id "
@@ -162,6 +170,43 @@ class AnnotatedSet:
             path, content = directory / name, json.dumps(value).encode()
             if not path.exists() or path.read_bytes() != content:
                 write_atomic(path, content)
+
+
+def _annotated_objects(path: Path) -> dict[int, Result]:
+    """Read the annotations that are objects, by their place in the file."""
+    document = load_json(path)
+    entries = document.get("annotations") if isinstance(document, dict) else None
+    if not isinstance(entries, list):
+        raise InvalidInputError(f'expected a COCO annotations file with a list "annotations" in {path}, got none')
+    objects = {}
+    for place, entry in enumerate(entries):
+        # Without a segmentation it is no object, and as good as one of null.
+        whole = {"segmentation": None} | entry if isinstance(entry, dict) else entry
+        if fault := entry_fault(whole):
+            raise InvalidInputError(f"{path}, entry {place}: {fault}")
+        if entry.get("segmentation") and not entry.get("iscrowd"):
+            objects[place] = entry
+    return objects
+
+
+def _size_of(path: Path) -> tuple[int, int]:
+    """``(H, W)`` of a photo, as stored."""
+    try:
+        with Image.open(path) as photo:
+            return photo.height, photo.width
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InvalidInputError(f"expected a readable image, got {path}: restore the file or drop its entry") from error
+
+
+def _check_masks(
+    file: Path, entries: Mapping[int, Result], names: Mapping[ImageId, str], sizes: Mapping[ImageId, tuple[int, int]]
+) -> None:
+    """Make sure that what is drawn later can be: only here are the entries' places in the user's file known."""
+    for place, entry in entries.items():
+        image_id = entry["image_id"]
+        with errors_in(file, f"entry {place}", names[image_id]):
+            rle.compress(entry["segmentation"], sizes[image_id])
+            decode_soft(entry)
 
 
 def _by_image(entries: Iterable[Result]) -> dict[ImageId, list[Result]]:

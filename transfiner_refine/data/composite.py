@@ -212,6 +212,8 @@ class Composer:
         angle = rng.uniform(-0.5, 0.5)
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) * scale
         outline = np.argwhere(cv2.morphologyEx(scene.alpha, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0)
+        if not len(outline):  # the object fills its cut-out
+            return
         anchor = outline[rng.integers(len(outline))][::-1] + 0.5
         # Some point of the cut-out's middle, or of its rim, comes to lie on the outline.
         grip = np.array(cut.alpha.shape[::-1]) * rng.uniform(-0.05, 1.05, 2)

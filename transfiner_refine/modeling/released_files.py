@@ -117,10 +117,9 @@ def convert_checkpoint(
 
     Raises:
         WeightsError: If the checkpoint cannot be read or is of another model. Nothing is written then.
-        InvalidInputError: If ``output`` exists and is no empty directory.
+        InvalidInputError: If ``output`` exists and is no empty directory, or cannot be made.
     """
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise InvalidInputError(f"expected a new or an empty directory to write to, got {output}, which has content")
+    _check_output(output)
     original = read_checkpoint(checkpoint)
     try:
         config = ReleasedConfig.from_keys(original)
@@ -144,6 +143,22 @@ def convert_checkpoint(
         (folder / CONFIG).write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
         os.replace(folder, output)
     return Conversion(config, report)
+
+
+def _check_output(output: Path) -> None:
+    """Make sure that a directory can be made or filled, before the work that it waits for; nothing is left behind."""
+    try:
+        if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+            raise InvalidInputError(
+                f"expected a new or an empty directory to write to, got {output}, which has content"
+            )
+        place = next(folder for folder in output.absolute().parents if folder.exists())
+        with tempfile.TemporaryDirectory(dir=place):  # permissions alone do not tell, as in /proc
+            pass
+    except OSError as error:
+        raise InvalidInputError(
+            f"expected a directory {output} that can be made, got: {error.strerror}; choose another output"
+        ) from error
 
 
 def load_directory(directory: Path) -> tuple[ReleasedConfig, dict[str, Tensor]]:

@@ -115,12 +115,18 @@ def load_checkpoint(
         Where the run stands, or None where there is no checkpoint.
 
     Raises:
-        InvalidInputError: If the checkpoint is of a model of another architecture.
+        InvalidInputError: If the checkpoint is damaged or of a model of another architecture.
     """
     path = directory / CHECKPOINT
     if not path.exists():
         return None
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        progress = Progress(**state["progress"])
+    except Exception as error:  # the reader of a damaged file can fail in any way
+        raise InvalidInputError(
+            f"expected a whole checkpoint in {path}, got a damaged one: restore the file, or choose another output"
+        ) from error
     try:
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
@@ -130,7 +136,7 @@ def load_checkpoint(
             f"expected a checkpoint of this model in {path}, got another: {str(error).splitlines()[0]} "
             "Choose another output, or the model that it belongs to"
         ) from error
-    return Progress(**state["progress"])
+    return progress
 
 
 def _differences(known: Any, wanted: Any, name: str = "") -> set[str]:

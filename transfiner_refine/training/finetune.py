@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,7 +60,8 @@ def fine_tune(
         real_share: Share of samples with a detector's mask, of the objects that have one; the others are simulated.
         min_area: Objects of fewer pixels are left out.
         validation_limit: Photos to judge by at most, spread over those there are.
-        cache: Where decoded objects are kept, about half a megabyte each; None keeps them in ``output``.
+        cache: Where decoded objects are kept, about half a megabyte each, by what is trained on, so that runs can share
+            it; None keeps them in ``output``.
         tracker: Where the figures go besides ``metrics.jsonl``.
         command: What the model card says repeats the run.
 
@@ -82,11 +85,21 @@ def fine_tune(
         training, judged = whole.split(validation, config.seed)
     judged = judged.spread(validation_limit)
 
+    record = {
+        "start": None if model is None else str(model),
+        "data": data.fingerprint(),
+        "validation": validation.fingerprint() if isinstance(validation, DataFiles) else validation,
+        "choices": {"real_share": real_share, "min_area": min_area, "validation_limit": validation_limit},
+    }
     folder = output / "cache" if cache is None else Path(cache)
+    # Runs that share a cache may set other photos apart.
+    apart = None if isinstance(validation, DataFiles) else (validation, config.seed)
+    part = json.dumps([str(data.images.resolve()), record["data"], apart])
+    place = folder / f"train-{hashlib.sha256(part.encode()).hexdigest()[:12]}"
     accelerator = make_accelerator()
     with accelerator.local_main_process_first():  # the others find what the first has decoded
-        training.write(folder / "train")
-        source = CropSource(folder / "train", min_area=min_area)
+        training.write(place)
+        source = CropSource(place, min_area=min_area)
         dataset = CropDataset(
             [source], folder, side=side, box_margin=start.config.box_margin, real_share=real_share, seed=config.seed
         )
@@ -103,12 +116,6 @@ def fine_tune(
         schedule=config,
         command=command,
     )
-    record = {
-        "start": None if model is None else str(model),
-        "data": data.fingerprint(),
-        "validation": validation.fingerprint() if isinstance(validation, DataFiles) else validation,
-        "choices": {"real_share": real_share, "min_area": min_area, "validation_limit": validation_limit},
-    }
     return train(
         start.to(memory_format=torch.channels_last),  # pyright: ignore[reportCallIssue]
         dataset,

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from transfiner_refine.data.coco import write_atomic
 from transfiner_refine.data.crops import CropSample, init_worker
-from transfiner_refine.errors import MissingDependencyError, TrainingError
+from transfiner_refine.errors import InvalidInputError, MissingDependencyError, TrainingError
 from transfiner_refine.modeling.hub import CARD
 from transfiner_refine.modeling.model import RefinerModel
 from transfiner_refine.training.checkpoint import (
@@ -32,7 +32,7 @@ from transfiner_refine.training.checkpoint import (
     write_record,
 )
 from transfiner_refine.training.losses import LossConfig
-from transfiner_refine.training.metrics import Bar, MetricsLog, Record, Tracker, require_tracker
+from transfiner_refine.training.metrics import METRICS, Bar, MetricsLog, Record, Tracker, require_tracker
 from transfiner_refine.training.schedule import (
     MicroBatches,
     TrainConfig,
@@ -116,7 +116,7 @@ def train(
 
     Raises:
         InvalidInputError: If the data set has fewer objects than one batch, the processes cannot share a batch, or the
-            directory holds another run.
+            directory holds another run, or parts of one.
         TrainingError: If the gradient stays infinite or undefined; the last checkpoint is kept.
         MissingDependencyError: If the tracker is not installed.
     """
@@ -193,6 +193,8 @@ class _Run:
         resumed = load_checkpoint(directory, self.model, self.average, self.optimizer)
         self.progress = resumed or Progress()
         self.is_new = resumed is None
+        if not self.is_new:
+            self._check_kept()
         self.objective = self.accelerator.prepare(task.objective()).train()
         self.statistics = RunningStatistics(self.model)
         self.loader = DataLoader(
@@ -207,6 +209,23 @@ class _Run:
         )
         self.seconds = 0.0  # of training since the last record
         self.since = 0  # steps of this process in these seconds
+
+    def _check_kept(self) -> None:
+        """Make sure that what the run will end with is still there: the best weights, and two records of figures."""
+        progress, path = self.progress, self.directory / METRICS
+        records = MetricsLog(self.directory, progress.step, writes=False).records
+        judged = {record["step"] for record in records if "score" in record}
+        if lost := sorted({0, progress.best_step} - judged):
+            raise InvalidInputError(
+                f"expected the figures of every validation so far in {path}, got none of step {lost[0]}: restore the "
+                "file, or choose another output"
+            )
+        best = self.directory / BEST
+        if progress.best > -math.inf and not best.is_dir():
+            raise InvalidInputError(
+                f"expected the best weights so far, of step {progress.best_step}, in {best}, got none: restore the "
+                "folder, or choose another output"
+            )
 
     def go(self, bar: Bar) -> None:
         """Train until the last step, or until nothing improves."""

@@ -151,7 +151,13 @@ class RefinementLoss(nn.Module):
         """Losses of a batch whose feature pyramid is at hand; see :meth:`forward`."""
         transfiner = self.model.transfiner
         roi_pyramid = transfiner.roi_pyramid(pyramid, roi, torch.arange(roi.shape[0], device=roi.device))
-        return refinement_losses(transfiner, roi_pyramid, coarse, truth, weight, self.config)
+        losses = refinement_losses(transfiner, roi_pyramid, coarse, truth, weight, self.config)
+        if not any(value.requires_grad for value in losses.values()):
+            # Without any node, a frozen incoherence detector leaves nothing to learn from: a gradient of zeros.
+            weights = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            nothing = sum((parameter.sum() for parameter in weights), start=weight.new_zeros(()))
+            losses["loss_refine"] = losses["loss_refine"] + 0 * nothing
+        return losses
 
 
 def sample_nodes(nodes: LevelNodes, quota: int) -> LevelNodes:
