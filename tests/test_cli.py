@@ -278,6 +278,67 @@ class TestDemo:
         assert len(os.listdir(tmp_path)) == 10
 
 
+class TestBenchmark:
+    def test_the_bundled_photo(self, run: Run, tmp_path: Path, model_dir: Path):
+        options = ("--count", 1, "--count", 5, "--seconds", 0, "--threads", 1, "--model", model_dir)
+        code, out, _ = run("benchmark", *options, "--json", tmp_path / "figures.json")
+        assert code == 0 and "600×400 pixels" in out and "masks a second" in out
+        figures = json.loads((tmp_path / "figures.json").read_text())
+        assert {key: figures[key] for key in ("width", "height", "device", "threads")} == {
+            "width": 600,
+            "height": 400,
+            "device": "cpu",
+            "threads": 1,
+        }
+        assert [call["masks"] for call in figures["calls"]] == [1, 5]
+        for call in figures["calls"]:
+            assert len(call["times"]) == 3 and 0 < min(call["times"]) <= call["seconds"] <= max(call["times"])
+
+    def test_a_photo_of_one_s_own(self, run: Run, photos: Path, tmp_path: Path, model_dir: Path):
+        predictions = tmp_path / "dets.json"
+        predictions.write_text(json.dumps([result(7, rectangle(8, 8, 32, 32), (8, 8, 24, 24))]))
+        photo = photos / "000000000007.png"
+        options = ("--count", 2, "--seconds", 0, "--model", model_dir)
+        code, out, _ = run("benchmark", "--photo", photo, "--predictions", predictions, *options)
+        assert code == 0 and "64×48 pixels" in out
+        code, _, err = run("benchmark", "--photo", photo, *options)
+        assert code == 2 and "got --photo alone: add --predictions" in err
+        predictions.write_text("[]")
+        code, _, err = run("benchmark", "--photo", photo, "--predictions", predictions, *options)
+        assert code == 2 and "expected masks to refine" in err
+
+
+def test_inputs_are_not_written_over(run: Run, photos: Path, tmp_path: Path, model_dir: Path):
+    photo, predictions = photos / "000000000007.png", tmp_path / "dets.json"
+    predictions.write_text(json.dumps([result(7, rectangle(8, 8, 32, 32), (8, 8, 24, 24))]))
+    before = predictions.read_bytes()
+    mask = tmp_path / "out" / "mask_000.png"
+    mask.parent.mkdir()
+    Image.fromarray(rectangle(8, 8, 32, 32)).save(mask)
+    old_mask = mask.read_bytes()
+    common = ("--images", photos, "--predictions", predictions, "--model", model_dir)
+    for arguments in (
+        ("image", photo, "--masks", mask, "--output", mask.parent, "--model", model_dir),
+        ("coco", *common, "--output", tmp_path / "new.json", "--summary", predictions),
+        ("coco", *common, "--output", tmp_path / "new.json", "--summary", tmp_path / "new.json"),
+        ("evaluate", predictions, "--annotations", tmp_path / "none.json", "--json", predictions),
+    ):
+        code, _, err = run(*arguments)
+        assert code == 2 and "expected a file of its own for" in err
+    assert predictions.read_bytes() == before and mask.read_bytes() == old_mask
+    assert not (tmp_path / "new.json").exists()
+
+
+def test_a_broken_entry_is_named_by_its_place_in_the_file(run: Run, photos: Path, tmp_path: Path, model_dir: Path):
+    predictions = tmp_path / "dets.json"
+    broken = result(7, rectangle(8, 8, 32, 32), None) | {"segmentation": {"size": [1, 1], "counts": "1"}}
+    predictions.write_text(json.dumps([result(12, rectangle(8, 8, 32, 32), None), broken]))
+    options = ("--output", tmp_path / "out", "--model", model_dir)
+    code, _, err = run("image", photos / "000000000007.png", "--predictions", predictions, *options)
+    assert code == 2 and f"{predictions}, entry 1: expected run lengths" in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_wrong_option_is_not_a_traceback(run: Run):
     for arguments in (["coco"], ["image"], ["demo", "--nonsense"], ["nonsense"]):
         code, _, err = run(*arguments)

@@ -68,6 +68,30 @@ def test_an_annotations_file_needs_its_images(tmp_path: Path, content: object):
         coco.load_image_index(written(tmp_path, content))
 
 
+def test_an_id_has_one_file(tmp_path: Path):
+    images = [{"id": 1, "file_name": "a.jpg"}, {"id": 1, "file_name": "a.jpg"}]
+    assert coco.load_image_index(written(tmp_path, {"images": images})) == {1: "a.jpg"}
+    images.append({"id": 1, "file_name": "b.jpg"})
+    with pytest.raises(InvalidInputError, match=r"got 'a.jpg' and 'b.jpg' for 1"):
+        coco.load_image_index(written(tmp_path, {"images": images}))
+
+
+def test_what_is_written_is_kept_apart(tmp_path: Path):
+    a, b, link = tmp_path / "a.json", tmp_path / "b.json", tmp_path / "link.json"
+    link.symlink_to(a)
+    coco.check_apart({"--output": a, "--summary": None}, {"--predictions": b, "--annotations": None})
+    for outputs, inputs in (({"--output": a}, {"--predictions": link}), ({"--output": a, "--predictions": link}, {})):
+        with pytest.raises(InvalidInputError, match=r"expected a file of its own for --.*, which is also --"):
+            coco.check_apart(outputs, inputs)
+
+
+def test_numbers_beyond_all_floats_are_refused(tmp_path: Path):
+    assert "bbox" in str(coco.entry_fault(entry(1) | {"bbox": [10**400, 0, 1, 1]}))
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(InvalidInputError, match="nested too deeply"):
+        coco.load_json(tmp_path / "deep.json")
+
+
 def test_groups_keep_the_order_of_the_file():
     assert coco.group_by_image([entry(2), entry(1), entry(2)]) == {2: [0, 2], 1: [1]}
 
@@ -110,6 +134,22 @@ class TestFindImages:
         assert list(coco.find_images(folder, [139])) == [139]
         with pytest.raises(InvalidInputError, match=r"image_id 7, got '0007.jpg', '7.PNG'"):
             coco.find_images(folder, [7])
+
+    def test_another_folder_s_photo_of_the_same_name_is_not_taken(self, tmp_path: Path):
+        """Frames of videos all have the same names."""
+        folder = tmp_path / "bear"
+        folder.mkdir()
+        (folder / "00000.jpg").touch()
+        names: dict[int | str, str] = {1: "bear/00000.jpg", 2: "goat/00000.jpg"}
+        assert coco.find_images(folder, [1, 2], names, missing_ok=True) == {1: folder / "00000.jpg"}
+        with pytest.raises(InvalidInputError, match=r"1 missing: '00000.jpg'"):
+            coco.find_images(folder, [1, 2], names)
+        alone: dict[int | str, str] = {1: "train2017/00000.jpg"}  # whatever the folder of a copied set is called
+        assert coco.find_images(folder, [1], alone) == {1: folder / "00000.jpg"}
+
+    def test_a_name_that_no_file_can_have_is_missing(self, folder: Path):
+        with pytest.raises(InvalidInputError, match="1 missing"):
+            coco.find_images(folder, [1], {1: "x" * 300 + ".jpg"})
 
     def test_no_folder(self, tmp_path: Path):
         with pytest.raises(InvalidInputError, match="expected a folder of images"):
@@ -218,6 +258,44 @@ class TestReadMask:
     def test_instance_numbers_are_refused(self, tmp_path: Path):
         with pytest.raises(InvalidInputError, match="split a map of instance numbers"):
             self.read(tmp_path, np.array([[0, 1, 2]], np.uint8))
+
+    @pytest.mark.parametrize("mode", ["L", "RGB"])
+    def test_a_palette_is_read_by_its_colours(self, tmp_path: Path, mode: str):
+        """Which of two colours has the number 0 is up to the program that wrote the file."""
+        values = np.zeros((6, 8), np.uint8)
+        values[1:3, 2:4] = 255
+        picture = Image.fromarray(values).convert(mode).quantize(2)
+        black_first = Image.fromarray((values > 0).astype(np.uint8))
+        black_first.putpalette([0, 0, 0, 128, 0, 0])
+        for number, image in enumerate((picture, picture.point(lambda x: 1 - x), black_first)):
+            if number == 1:
+                palette = picture.getpalette()
+                assert palette is not None
+                image.putpalette(palette[3:6] + palette[:3])
+            image.save(tmp_path / f"{number}.png")
+            assert np.array_equal(read_mask(tmp_path / f"{number}.png", (6, 8)), values > 0)
+        black_first.putpalette([200, 0, 0, 128, 0, 0])
+        black_first.save(tmp_path / "coloured.png")
+        with pytest.raises(InvalidInputError, match="on black, got the colours"):
+            read_mask(tmp_path / "coloured.png", (6, 8))
+
+    @pytest.mark.parametrize(
+        "colours", [((255, 0, 0), (0, 255, 0)), ((128, 0, 0), (0, 128, 0)), ((9, 0, 0), (0, 9, 9))]
+    )
+    def test_instances_by_colours_are_refused(self, tmp_path: Path, colours: tuple):
+        values = np.zeros((4, 6, 3), np.uint8)
+        values[:2, :2] = colours[0]
+        assert np.array_equal(self.read(tmp_path, values), values.any(axis=2))
+        values[2:, 3:] = colours[1]
+        with pytest.raises(InvalidInputError, match="split a map of instances by colours"):
+            self.read(tmp_path, values)
+
+    def test_a_grey_jpeg_is_grey(self, tmp_path: Path):
+        values = np.zeros((32, 32), np.uint8)
+        values[9:23, 9:23] = 255
+        Image.fromarray(values).convert("RGB").save(tmp_path / "mask.jpg", quality=60)
+        found = read_mask(tmp_path / "mask.jpg", (32, 32))
+        assert found.dtype == np.float32 and np.array_equal(found > 0.5, values > 0)
 
     def test_another_size_is_refused(self, tmp_path: Path):
         Image.new("L", (3, 2)).save(tmp_path / "mask.png")

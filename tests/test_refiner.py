@@ -13,6 +13,7 @@ from small_models import discs, encoder_config, eventful_model, random_image, ra
 from torch import Tensor
 
 from transfiner_refine import Instances, RefineOptions, Refiner
+from transfiner_refine.errors import InvalidInputError
 from transfiner_refine.functional import rle
 from transfiner_refine.functional.boxes import expand_boxes
 from transfiner_refine.inputs import boxes_from_masks
@@ -355,3 +356,40 @@ def column_runs(mask: np.ndarray) -> list[int]:
     ends = np.concatenate([[0], np.flatnonzero(np.diff(flat)) + 1, [flat.size]])
     runs = np.diff(ends).tolist()
     return [0, *runs] if flat[0] else runs
+
+
+def test_a_call_may_have_a_margin_of_its_own(on_images: Refiner, image: np.ndarray, masks: Tensor):
+    boxes = boxes_from_masks(masks)
+    for margin in (0.0, 0.25, 1.0):
+        out = on_images.refine(image, masks=masks, options=replace(FREE, passes=1, box_margin=margin))
+        assert out.rois is not None
+        torch.testing.assert_close(out.rois, expand_boxes(boxes, margin))
+    model_s = on_images.refine(image, masks=masks, options=FREE)
+    same = on_images.refine(image, masks=masks, options=replace(FREE, box_margin=on_images.config.box_margin))
+    assert_same(model_s, same)
+    with pytest.raises(InvalidInputError, match="box_margin from 0 to 1"):
+        RefineOptions(box_margin=1.5)
+
+
+def test_a_box_far_beyond_the_image_costs_no_more_than_one_that_reaches_as_far_as_the_image(on_images: Refiner):
+    """A wrong box of 200,000 pixels used to take all memory."""
+    mask = discs(H, W, CIRCLES[:1])
+    near, far = (
+        on_images.refine(random_image(H, W), boxes=box, masks=mask, options=FREE)
+        for box in ([[-W, -H, 2 * W, 2 * H]], [[-1e5, -1e5, 1e5, 1e5]])
+    )
+    assert near.rois is not None and far.rois is not None and torch.equal(near.rois, far.rois)
+    assert torch.equal(near.masks, far.masks) and far.boxes.tolist() == [[-1e5, -1e5, 1e5, 1e5]]
+    outside = on_images.refine(random_image(H, W), boxes=[[1e4, 1e4, 2e4, 2e4]], masks=mask, options=FREE)
+    assert torch.equal(outside.masks, mask) and outside.boxes.tolist() == [[1e4, 1e4, 2e4, 2e4]]
+
+
+def test_a_caller_s_autocast_does_not_round_predicted_gains():
+    refiner, image = Refiner.from_pretrained(), random_image(H, W)
+    mask = discs(H, W, CIRCLES[:1])
+    with torch.autocast("cpu", torch.bfloat16):
+        out = refiner.refine(image, masks=mask)
+    expected = refiner.refine(image, masks=mask)
+    assert out.predicted_gain is not None and expected.predicted_gain is not None
+    assert out.predicted_gain.dtype == torch.float32
+    torch.testing.assert_close(out.predicted_gain, expected.predicted_gain, rtol=0, atol=0.02)

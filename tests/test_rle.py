@@ -131,6 +131,8 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "counts None": ({"size": [37, 53], "counts": None}, "string or a list of integers"),
     "counts of floats": ({"size": [37, 53], "counts": [0.0, 1961.0]}, "string or a list of integers"),
     "nested counts": ({"size": [37, 53], "counts": [[0, 1961]]}, "string or a list of integers"),
+    "ragged counts": ({"size": [37, 53], "counts": [[1], [2, 3]]}, "string or a list of integers"),
+    "lone surrogate": ({"size": [37, 53], "counts": "\ud800abc"}, "damaged or cut short"),
     "empty counts": ({"size": [37, 53], "counts": ""}, "damaged or cut short"),
     "no runs": ({"size": [37, 53], "counts": []}, "1961 pixels"),
     "cut short": ({"size": [37, 53], "counts": "P"}, "damaged or cut short"),
@@ -155,6 +157,8 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "NaN in a polygon": ([[0, 0, 30, 0, 0, float("nan")]], "finite"),
     "infinity in a polygon": ([[0, 0, 30, 0, 0, float("inf")]], "finite"),
     "absurd polygon": ([[0, 0, 1e12, 0, 0, 30]], "finite"),
+    "endless outline": ([[-1e6, -1e6, 1e6, 1e6] * 20], "pixels long, got 80000000"),
+    "endless outline of many polygons": ([[-1e6, -1e6, 1e6, 1e6, 0, 0]] * 2, "outline is at most"),
 }
 
 

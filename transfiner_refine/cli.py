@@ -21,35 +21,41 @@ from torch import Tensor
 
 from transfiner_refine import visualize
 from transfiner_refine.bulk.work import load_refiner
+from transfiner_refine.commands.benchmark import benchmark
 from transfiner_refine.commands.coco import coco
 from transfiner_refine.commands.convert import convert
 from transfiner_refine.commands.evaluate import evaluate
 from transfiner_refine.commands.export import export
 from transfiner_refine.commands.options import (
     DEFAULTS,
+    AgainIfIouBelow,
     AlignPixels,
+    BoxMargin,
     Depth,
     Device,
     Encode,
+    IncoherenceThreshold,
     KeepIfGainBelow,
     KeepIfIouBelow,
+    MaskThreshold,
+    MaxNodes,
     Model,
     Passes,
     TokenBudget,
 )
+from transfiner_refine.commands.photo import ASSETS, OUTLINES, decode_results_of, demo_results
 from transfiner_refine.commands.serve import serve
 from transfiner_refine.commands.train import train
 from transfiner_refine.config import RefineOptions
 from transfiner_refine.data.coco import (
     Result,
+    check_apart,
     check_output,
     decode_instances,
     decode_masks,
     group_by_image,
     join_instances,
     load_annotations,
-    load_image_index,
-    load_results,
     write_atomic,
     write_json_atomic,
 )
@@ -68,8 +74,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-ASSETS = Path(__file__).parent / "assets" / "demo"
-DEMO_PHOTO = "coffee.jpg"
 REFINED = "refined.json"
 
 
@@ -93,11 +97,8 @@ def demo(
     check_output(output / REFINED)
     refiner = load_refiner(model, device)
     table = Table("photo", "IoU", "boundary IoU", title="coarse -> refined, against hand-drawn outlines")
-    results = load_results(ASSETS / "detections.json")
-    outlines = load_annotations(ASSETS / "outlines.json")
-    names = load_image_index(ASSETS / "outlines.json")
-    if not every:
-        results = [entry for entry in results if names[entry["image_id"]] == DEMO_PHOTO]
+    results, names = demo_results(every)
+    outlines = load_annotations(OUTLINES)
     outlined = group_by_image(outlines)
     refined_results = list(results)
     for image_id, positions in group_by_image(results).items():
@@ -127,7 +128,12 @@ def image(
     device: Device = None,
     depth: Depth = None,
     passes: Passes = None,
+    again_if_iou_below: AgainIfIouBelow = DEFAULTS.again_if_iou_below,
+    incoherence_threshold: IncoherenceThreshold = DEFAULTS.incoherence_threshold,
+    mask_threshold: MaskThreshold = DEFAULTS.mask_threshold,
     token_budget: TokenBudget = DEFAULTS.token_budget,
+    max_nodes: MaxNodes = None,
+    box_margin: BoxMargin = None,
     keep_if_iou_below: KeepIfIouBelow = DEFAULTS.keep_if_iou_below,
     keep_if_gain_below: KeepIfGainBelow = DEFAULTS.keep_if_gain_below,
     align_pixels: AlignPixels = DEFAULTS.align_pixels,
@@ -142,26 +148,32 @@ def image(
     options = RefineOptions(
         depth=depth,
         passes=passes,
+        again_if_iou_below=again_if_iou_below,
+        incoherence_threshold=incoherence_threshold,
+        mask_threshold=mask_threshold,
         token_budget=token_budget,
+        max_nodes=max_nodes,
+        box_margin=box_margin,
         keep_if_iou_below=keep_if_iou_below,
         keep_if_gain_below=keep_if_gain_below,
         align_pixels=align_pixels,
         encode=encode,
         return_quadtree=True,
     )
-    check_output(output / REFINED)
+    written = {f"the output {name}": output / name for name in (REFINED, *map(_mask_name, range(len(mask_files))))}
+    check_apart(written, {f"the mask {path.name}": path for path in mask_files} | {"--predictions": predictions})
     pixels = as_image(photo)
     if predictions is not None:
-        results = _results_of(photo, predictions)
-        coarse = decode_instances(results, range(len(results)), _size(pixels))
+        results, coarse = decode_results_of(photo, predictions, pixels)
     else:
         results = [{"image_id": photo.stem} for _ in mask_files]
         coarse = join_instances(np.stack([read_mask(path, _size(pixels)) for path in mask_files]), results)
+    check_output(output / REFINED)
     refined = _refine(load_refiner(model, device), pixels, coarse, options)
     if predictions is None:
         results = refined.to_coco(photo.stem)
         for number, mask in enumerate(refined.masks.numpy(force=True)):
-            write_atomic(output / f"mask_{number:03}.png", _png(mask.astype(np.uint8) * 255))
+            write_atomic(output / _mask_name(number), _png(mask.astype(np.uint8) * 255))
     else:
         _replace(results, range(len(results)), refined)
     _write_pictures(output, photo.stem, pixels, coarse, refined)
@@ -169,6 +181,7 @@ def image(
     print(f"{len(refined)} masks refined, {_kept(refined)} kept coarse: {output}")
 
 
+app.command()(benchmark)
 app.command()(coco)
 app.command()(convert)
 app.command()(evaluate)
@@ -181,20 +194,8 @@ def _refine(refiner: Refiner, photo: Tensor, coarse: Instances, options: RefineO
     return refiner.refine(photo, boxes=coarse.boxes, masks=coarse.masks, options=options).to("cpu")
 
 
-def _results_of(photo: Path, predictions: Path) -> list[Result]:
-    """Read the results of one photo: all, if they are of one image, or those whose image id is the photo's name."""
-    results = load_results(predictions)
-    groups = group_by_image(results)
-    if len(groups) < 2:
-        return results
-    names = {photo.stem} | ({int(photo.stem)} if photo.stem.isdecimal() else set())
-    chosen = [results[position] for image_id in groups if image_id in names for position in groups[image_id]]
-    if not chosen:
-        raise InvalidInputError(
-            f"expected results of one image in {predictions}, or some with the image_id {photo.stem!r} of the photo, "
-            f"got results of {len(groups)} images: use the coco command for all of them"
-        )
-    return chosen
+def _mask_name(number: int) -> str:
+    return f"mask_{number:03}.png"
 
 
 def _replace(results: list[Result], positions: Sequence[int], refined: Instances) -> None:

@@ -19,6 +19,9 @@ MAX_DEPTH = 4
 MAX_PASSES = 4
 """Most refinements in a row."""
 
+MAX_BOX_MARGIN = 1.0
+"""Widest margin of a call: the RoI is three times as wide as its box."""
+
 CUES = ("fine", "coarse", "context", "position", "guidance")
 
 
@@ -144,9 +147,10 @@ class RefineOptions:
         incoherence_threshold: Probability above which a cell is an incoherent node; 1.0 and above refines nothing.
         mask_threshold: Probability from which a pixel belongs to the mask.
         token_budget: Tokens held at once, which bounds memory: instances are refined in groups that fit. With the
-            embedded model, a call holds less than 64 MB and 36 kB per token beyond its inputs and outputs
-            (``pipeline.working_memory``). One instance is never split, so its own tokens may exceed a very small
-            budget; ``max_nodes`` bounds those. A CPU takes six instances at once at most, as more would be slower.
+            embedded model, a call holds less than 64 MB and 36 kB per token (``pipeline.working_memory``) beyond its
+            inputs, its outputs and the copies in float32 that a photo needs. One instance is never split, so its own
+            tokens may exceed a very small budget; ``max_nodes`` bounds those. A CPU takes six instances at once at
+            most, as more would be slower.
         max_nodes: Nodes kept per instance and level, the most incoherent first; None keeps all.
         keep_if_iou_below: A refined mask whose IoU with its coarse mask is below this is replaced by the coarse mask
             and flagged in ``kept_coarse``; 0 accepts every refinement.
@@ -155,6 +159,9 @@ class RefineOptions:
             predict gains.
         align_pixels: Whether the pixel head moves the refined outline onto the edges of the photo; False leaves what
             the quadtree gave. Without effect on a model without one, and where there is no image.
+        box_margin: Share of the box side added on each of its four sides before the RoI is cut; None takes the model's
+            own, which is what it was trained with. A wider one leaves room for what a tight box cuts off, at coarser
+            cells.
         encode: How the image encoder sees the image: ``"crops"`` encodes each instance at a fixed scale, ``"image"``
             the whole image once, ``"auto"`` whichever needs fewer pixels.
         return_quadtree: Whether the result carries incoherence maps and quadtrees, for pictures and analysis.
@@ -170,6 +177,7 @@ class RefineOptions:
     keep_if_iou_below: float = 0.5
     keep_if_gain_below: float = 0.005
     align_pixels: bool = True
+    box_margin: float | None = None
     encode: Literal["auto", "image", "crops"] = "auto"
     return_quadtree: bool = False
 
@@ -182,6 +190,8 @@ class RefineOptions:
             raise InvalidInputError(f"expected token_budget of at least 1, got {self.token_budget}")
         if self.max_nodes is not None and self.max_nodes < 1:
             raise InvalidInputError(f"expected max_nodes of at least 1 or None, got {self.max_nodes}")
+        if self.box_margin is not None and not 0 <= self.box_margin <= MAX_BOX_MARGIN:
+            raise InvalidInputError(f"expected box_margin from 0 to {MAX_BOX_MARGIN:g} or None, got {self.box_margin}")
         if not self.incoherence_threshold >= 0:
             raise InvalidInputError(f"expected incoherence_threshold of at least 0, got {self.incoherence_threshold}")
         if not 0 < self.mask_threshold < 1:

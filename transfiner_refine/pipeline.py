@@ -15,7 +15,7 @@ from torch import Tensor
 
 from transfiner_refine.config import ROOT_SIDE, RefineOptions
 from transfiner_refine.errors import InvalidInputError
-from transfiner_refine.functional.boxes import crop_windows, expand_boxes, touches_image
+from transfiner_refine.functional.boxes import crop_windows, expand_boxes, touches_image, within_reach
 from transfiner_refine.functional.crops import OUTSIDE, ImageHalves, crop_image
 from transfiner_refine.functional.paste import crop_box_masks, crop_masks, paste
 from transfiner_refine.functional.quadtree import take_nodes
@@ -52,8 +52,9 @@ BASE_BYTES, TOKEN_BYTES = 64_000_000, 36_000
 def working_memory(token_budget: int) -> int:
     """Bytes that a call holds at most beyond its inputs and outputs, with the embedded model in float32.
 
-    ``benchmarks/scaling.py`` prints it beside what was measured. Not in it: an image that is encoded as a whole adds
-    about 0.5 kB per pixel, and a single instance with more tokens than the budget its own.
+    ``benchmarks/scaling.py`` prints it beside what was measured. Not in it: the copies of an image in float32, which
+    count from some megapixels on, 0.5 kB per pixel of one that is encoded as a whole, and what a single instance with
+    more tokens than the budget has of its own.
 
     Args:
         token_budget: :attr:`RefineOptions.token_budget <transfiner_refine.RefineOptions>`.
@@ -85,7 +86,8 @@ class Job:
         image: The image, of float32 in [0, 1], with its halves; None where the features are given.
         features: The features that were given, or None.
         boxes: ``(N, 4)`` float32 xyxy, image pixels.
-        spans: ``(N, 4)`` float32 xyxy, image pixels: the boxes, grown to hold the masks that earlier passes made.
+        spans: ``(N, 4)`` float32 xyxy, image pixels: the boxes within reach of the image, grown to hold the masks that
+            earlier passes made.
         rois: ``(N, 4)`` float32 xyxy, image pixels: spans with their margin, where ``probs`` lies.
         coarse: The masks that this pass starts from: as they were given, or those of the pass before.
         masks: ``(N, H, W)`` bool, the coarse masks until the refined ones are pasted.
@@ -157,6 +159,7 @@ class Pipeline:
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.passes = model.config.passes if options.passes is None else options.passes
+        self.box_margin = model.config.box_margin if options.box_margin is None else options.box_margin
         self.depth = model.config.depth if options.depth in (None, "auto") else options.depth
         if self.depth > model.config.depth:
             raise InvalidInputError(
@@ -197,18 +200,21 @@ class Pipeline:
             paste(coarse.data.float(), boxes, masks, threshold)
         else:
             masks = coarse.data.clone() if coarse.data.dtype == torch.bool else coarse.data >= threshold
+        halves = None
         if image is not None:
             image = image.to(self.device)
-            image = image.float().div_(255) if image.dtype == torch.uint8 else image.float()
+            is_bytes = image.dtype == torch.uint8
+            halves = ImageHalves(image.float().div_(255) if is_bytes else image.float(), may_change=is_bytes)
         side = ROOT_SIDE << max(self.depth - 1, 0)
         predicts_gain = self.model.gain_predictor is not None and self.depth > 0
+        spans = within_reach(boxes, size)
         has_area = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
         return Job(
-            image=None if image is None else ImageHalves(image),
+            image=halves,
             features=pyramid,
             boxes=boxes,
-            spans=boxes.clone(),
-            rois=expand_boxes(boxes, self.model.config.box_margin),
+            spans=spans,
+            rois=expand_boxes(spans, self.box_margin),
             coarse=coarse,
             masks=masks,
             probs=torch.zeros((boxes.shape[0], side, side), device=self.device),
@@ -232,7 +238,7 @@ class Pipeline:
         options = self.options
         for group in self._groups(jobs):
             boxes = torch.cat([job.spans[index] for job, index in group])
-            rois = expand_boxes(boxes, self.model.config.box_margin)
+            rois = expand_boxes(boxes, self.box_margin)
             depth = depth_of(boxes) if options.depth == "auto" else None
             select = above_threshold(options.incoherence_threshold, options.max_nodes, depth)
             parts = list(zip(group, rois.split([len(index) for _, index in group]), strict=True))
@@ -300,11 +306,13 @@ class Pipeline:
         """Predicted gains ``(R,)``; infinite where nothing predicts them, so that no refinement is refused."""
         if self.model.gain_predictor is None or self.depth == 0:
             return coarse.new_full((coarse.shape[0],), torch.inf)
-        statistics = refinement_statistics(output, coarse, self.options.mask_threshold)
-        if pixels is not None and aligned is not None:
-            edges = edge_statistics(pixels, coarse, aligned, self.options.mask_threshold)
-            statistics = torch.cat([statistics, edges], dim=1)
-        return self.model.gain_predictor(statistics)
+        # Gains of some thousandths decide: a caller's autocast must not round them.
+        with torch.autocast(self.device.type, enabled=False):
+            statistics = refinement_statistics(output, coarse, self.options.mask_threshold)
+            if pixels is not None and aligned is not None:
+                edges = edge_statistics(pixels, coarse, aligned, self.options.mask_threshold)
+                statistics = torch.cat([statistics, edges], dim=1)
+            return self.model.gain_predictor(statistics)
 
     def details(self, job: Job) -> RefineDetails:
         """Join the incoherence maps and quadtrees of a job's groups, renumbered to its instances.
@@ -375,7 +383,7 @@ class Pipeline:
 
     def _scale(self, job: Job) -> float:
         """Scale at which the image is encoded as a whole: its median RoI is as large as in a crop, within bounds."""
-        rois = expand_boxes(job.spans[job.index], self.model.config.box_margin)
+        rois = expand_boxes(job.spans[job.index], self.box_margin)
         median = float((rois[:, 2:] - rois[:, :2]).amax(dim=1).median())
         return min(CROP_SPAN / median, MAX_IMAGE_SIDE / max(job.image_size), MAX_ENLARGEMENT)
 

@@ -17,19 +17,24 @@ from transfiner_refine.bulk.source import Source
 from transfiner_refine.bulk.work import Work
 from transfiner_refine.commands.options import (
     DEFAULTS,
+    AgainIfIouBelow,
     AlignPixels,
+    BoxMargin,
     Depth,
     Device,
     Encode,
+    IncoherenceThreshold,
     KeepIfGainBelow,
     KeepIfIouBelow,
+    MaskThreshold,
+    MaxNodes,
     Model,
     Passes,
     TokenBudget,
     progress_bar,
 )
 from transfiner_refine.config import RefineOptions
-from transfiner_refine.data.coco import check_output, write_json_atomic
+from transfiner_refine.data.coco import check_apart, check_output, write_json_atomic
 from transfiner_refine.errors import InvalidInputError
 
 
@@ -51,7 +56,12 @@ def coco(
     device: Device = None,
     depth: Depth = None,
     passes: Passes = None,
+    again_if_iou_below: AgainIfIouBelow = DEFAULTS.again_if_iou_below,
+    incoherence_threshold: IncoherenceThreshold = DEFAULTS.incoherence_threshold,
+    mask_threshold: MaskThreshold = DEFAULTS.mask_threshold,
     token_budget: TokenBudget = DEFAULTS.token_budget,
+    max_nodes: MaxNodes = None,
+    box_margin: BoxMargin = None,
     keep_if_iou_below: KeepIfIouBelow = DEFAULTS.keep_if_iou_below,
     keep_if_gain_below: KeepIfGainBelow = DEFAULTS.keep_if_gain_below,
     align_pixels: AlignPixels = DEFAULTS.align_pixels,
@@ -87,7 +97,12 @@ def coco(
     options = RefineOptions(
         depth=depth,
         passes=passes,
+        again_if_iou_below=again_if_iou_below,
+        incoherence_threshold=incoherence_threshold,
+        mask_threshold=mask_threshold,
         token_budget=token_budget,
+        max_nodes=max_nodes,
+        box_margin=box_margin,
         keep_if_iou_below=keep_if_iou_below,
         keep_if_gain_below=keep_if_gain_below,
         align_pixels=align_pixels,
@@ -97,6 +112,9 @@ def coco(
         raise InvalidInputError("expected --address and --workers with --engine ray, got them without: add it")
     if summary is not None:
         check_output(summary)
+    written = {"--output": output, "--summary": summary}
+    check_apart(written, {"--annotations": annotations})
+    check_apart({"--summary": summary}, {"--predictions": predictions})
     source = _source(images, predictions, annotations, image_column, masks_column, missing_ok=not strict)
     work = Work(source, options, model, device, strict=strict)
     with progress_bar() as progress:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from transfiner_refine.config import ROOT_SIDE
-from transfiner_refine.data.coco import Result, check_output, load_results, write_json_atomic
+from transfiner_refine.data.coco import Result, check_apart, check_output, load_results, write_json_atomic
 from transfiner_refine.errors import InvalidInputError
 from transfiner_refine.evaluation.coco_metrics import AveragePrecision, average_precision
 from transfiner_refine.evaluation.ground_truth import GroundTruth, load_ground_truth
@@ -41,6 +41,7 @@ class Evaluation:
         figures: Average precision by measure.
         analysis: What its incoherent regions hold, if asked for.
         filled: Average precision by measure after these were filled.
+        no_analysis: Why there is no analysis although it was asked for.
     """
 
     label: str
@@ -48,6 +49,7 @@ class Evaluation:
     figures: dict[str, AveragePrecision]
     analysis: IncoherenceAnalysis | None
     filled: dict[str, AveragePrecision]
+    no_analysis: str | None = None
 
 
 ROWS: tuple[tuple[str, str, Callable[[AveragePrecision], float]], ...] = (
@@ -86,6 +88,8 @@ def evaluate(
 ) -> None:
     """Measure results against ground truth: mask AP, boundary AP and AP*, before and after side by side."""
     if json_path is not None:
+        read = {f"the results {path.name}": path for path in predictions}
+        check_apart({"--json": json_path}, {**read, "--annotations": annotations, "--lvis": lvis, "--only": only})
         check_output(json_path)
     truth = load_ground_truth(annotations, None if only is None else _names(only))
     if class_agnostic:
@@ -105,10 +109,7 @@ def evaluate(
             _evaluate(label, results, measures, dilation, incoherence, lambda: progress.advance(task))
             for label, results in zip(_labels(predictions), files, strict=True)
         ]
-    console.print(_table(evaluations, f"{len(truth.sizes)} images, {len(truth.objects)} objects"))
-    for evaluation in evaluations:
-        if evaluation.analysis is not None:
-            console.print(_incoherence_table(evaluation, evaluation.analysis))
+    # Before the tables: a terminal that cannot print one of their characters must not lose the work.
     if json_path is not None:
         document = {
             "annotations": str(annotations),
@@ -120,6 +121,13 @@ def evaluate(
             "results": [_document(path, it) for path, it in zip(predictions, evaluations, strict=True)],
         }
         write_json_atomic(json_path, document)
+    console.print(_table(evaluations, f"{len(truth.sizes)} images, {len(truth.objects)} objects"))
+    for evaluation in evaluations:
+        if evaluation.analysis is not None:
+            console.print(_incoherence_table(evaluation, evaluation.analysis))
+        elif evaluation.no_analysis is not None:
+            note = f"no incoherence analysis of {evaluation.label}: {evaluation.no_analysis}"
+            console.print(note, markup=False, highlight=False, soft_wrap=True)
 
 
 def _names(path: Path) -> list[str]:
@@ -160,13 +168,16 @@ def _evaluate(
         return figures
 
     figures = measured(results, measures)
-    analysis = None
-    filled: dict[str, AveragePrecision] = {}
-    if incoherence:
+    if not incoherence:
+        return Evaluation(label, len(results), figures, None, {})
+    try:
         analysis = analyse_incoherence(measures[0].truth, results)
-        advance()
-        filled = measured(analysis.filled, measures[:2])
-    return Evaluation(label, len(results), figures, analysis, filled)
+    except InvalidInputError as error:  # the results are checked: none of them is one of an object
+        for _ in range(3):
+            advance()
+        return Evaluation(label, len(results), figures, None, {}, no_analysis=str(error))
+    advance()
+    return Evaluation(label, len(results), figures, analysis, measured(analysis.filled, measures[:2]))
 
 
 def _table(evaluations: Sequence[Evaluation], title: str) -> Table:
@@ -223,6 +234,8 @@ def _document(path: Path, evaluation: Evaluation) -> dict[str, Any]:
             "errors_beyond": analysis.errors_beyond,
             "filled": {name: asdict(figures) for name, figures in evaluation.filled.items()},
         }
+    elif evaluation.no_analysis is not None:
+        document["incoherence"] = None
     return _without_nan(document)
 
 

@@ -48,6 +48,19 @@ KeepIfGainBelow = Annotated[
 AlignPixels = Annotated[
     bool, typer.Option("--align-pixels/--no-align-pixels", help="Move outlines onto the edges of the photo.")
 ]
+MaxNodes = Annotated[
+    int | None,
+    typer.Option(help="Nodes kept of each mask and level, the most incoherent first.", show_default="all"),
+]
+IncoherenceThreshold = Annotated[float, typer.Option(help="Probability above which a cell is refined.")]
+MaskThreshold = Annotated[float, typer.Option(help="Probability from which a pixel belongs to the mask.")]
+AgainIfIouBelow = Annotated[
+    float, typer.Option(help="Refine a mask again if its IoU with what it was is lower; 1 always does.")
+]
+BoxMargin = Annotated[
+    float | None,
+    typer.Option(help="Share of its side by which a box grows on each side.", show_default="the model's"),
+]
 Encode = Annotated[
     Literal["auto", "image", "crops"],
     typer.Option(help="Encode the whole image once, a crop for each mask, or whichever is cheaper."),

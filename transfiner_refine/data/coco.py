@@ -7,8 +7,8 @@ A results file is a JSON list with one entry for each instance: ``image_id``, ``
 from __future__ import annotations
 
 import json
-import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,9 @@ Result = dict[str, Any]
 """One entry of a results file."""
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+
+LARGEST = torch.finfo(torch.float32).max
+"""Largest coordinate of a box."""
 
 NAMED_AT_MOST = 5
 """Offenders that an error lists by name; the rest are counted."""
@@ -81,7 +84,7 @@ def load_image_index(path: Path | str) -> dict[ImageId, str]:
         File names, relative to the folder of images, by image id.
 
     Raises:
-        InvalidInputError: If the file cannot be read or is not of this form.
+        InvalidInputError: If the file cannot be read, is not of this form, or gives an id two file names.
     """
     names: dict[ImageId, str] = {}
     for index, image in enumerate(_section(path, "images")):
@@ -91,7 +94,11 @@ def load_image_index(path: Path | str) -> dict[ImageId, str]:
                 f'expected "id" and "file_name" (or "coco_url", as in LVIS) in every one of "images" in {path}, got '
                 f"{str(image)[:80]} at {index}"
             )
-        names[image["id"]] = name
+        if names.setdefault(image["id"], name) != name:
+            raise InvalidInputError(
+                f'expected one file name for every id of "images" in {path}, got {names[image["id"]]!r} and {name!r} '
+                f"for {image['id']!r}: number the images anew where files were joined"
+            )
     return names
 
 
@@ -116,8 +123,9 @@ def find_images(
         folder: Where the images are.
         image_ids: The ids to find.
         file_names: File names by id, see ``load_image_index``; one that names a subfolder is looked for without it too,
-            for the folder given may be that one. Without them an id is found by the name of the file without its
-            suffix: the same text, or for a number the same number, so that 139 finds ``000000000139.jpg``.
+            if the folder given has its name, or no two images have this name. Without them an id is found by the name
+            of the file without its suffix: the same text, or for a number the same number, so that 139 finds
+            ``000000000139.jpg``.
         missing_ok: Whether some of the files, but not all, may be missing.
 
     Returns:
@@ -139,9 +147,13 @@ def find_images(
         )
     paths: dict[ImageId, Path] = {}
     missing = []
+    often = Counter(Path(name).name for name in file_names.values())
     for image_id in image_ids:
         name = Path(file_names[image_id])
-        path = next((path for path in (folder / name, folder / name.name) if path.is_file()), None)
+        places = [folder / name]
+        if name.parent.name == folder.resolve().name or often[name.name] == 1:
+            places.append(folder / name.name)
+        path = next(filter(_is_file, places), None)
         if path is None:
             missing.append(name.name)
         else:
@@ -262,6 +274,30 @@ def check_output(path: Path | str) -> Path:
     return target
 
 
+def check_apart(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path | None]) -> None:
+    """Make sure that what is written replaces nothing that is read, and nothing else that is written.
+
+    Args:
+        outputs: Files to write, by what errors call them; None for what is not asked for.
+        inputs: Files to read, likewise.
+
+    Raises:
+        InvalidInputError: If two of them are the same file, both of ``inputs`` apart.
+    """
+    known = {path.resolve(): name for name, path in inputs.items() if path is not None}
+    for name, path in outputs.items():
+        if path is not None and (other := known.setdefault(path.resolve(), name)) != name:
+            raise InvalidInputError(f"expected a file of its own for {name}, got {path}, which is also {other}")
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is such a file; names that no file can have are those of none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def _find_by_stem(folder: Path, image_ids: list[ImageId], missing_ok: bool) -> dict[ImageId, Path]:
     files: dict[ImageId, list[Path]] = {}
     for path in sorted(folder.iterdir()):
@@ -295,6 +331,8 @@ def load_json(path: Path | str) -> Any:
         return json.loads(Path(path).read_bytes())
     except OSError as error:
         raise InvalidInputError(f"expected a JSON file, got {path}: {error.strerror}") from error
+    except RecursionError:
+        raise InvalidInputError(f"expected a JSON file, got {path}, which is nested too deeply") from None
     except ValueError as error:  # malformed JSON, or text that is no Unicode
         raise InvalidInputError(f"expected a JSON file, got {path}, which is not JSON: {error}") from error
 
@@ -330,7 +368,7 @@ def entry_fault(entry: Any) -> str | None:
     if (
         not isinstance(box, list)
         or len(box) != 4
-        or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in box)
+        or not all(isinstance(value, (int, float)) and abs(value) <= LARGEST for value in box)
         or min(box[2:]) < 0
     ):
         return f"expected bbox as 4 finite numbers x, y, width, height, got {box}"

@@ -11,6 +11,12 @@ from PIL import Image
 
 from transfiner_refine.errors import InvalidInputError
 
+DARK, BRIGHT = 64, 128
+"""Below the one a colour passes for black beside a colour from the other on."""
+
+GREY_NOISE = 16
+"""Most that a grey pixel's channels differ, as after JPEG."""
+
 
 def read_mask(
     path: Path | str | BinaryIO, size: tuple[int, int], name: str | None = None
@@ -26,12 +32,14 @@ def read_mask(
         ``(H, W)`` bool; float32 probabilities if the edges are soft.
 
     Raises:
-        InvalidInputError: If it cannot be read, has another size, or looks like a map of instance numbers.
+        InvalidInputError: If it cannot be read, has another size, or looks like a map of instances, by numbers or by
+            colours.
     """
     name = name or str(path)
     try:
         with Image.open(path) as image:
             values, mode = np.array(image), image.mode
+            palette = np.array(image.convert("RGB")) if mode == "P" else None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InvalidInputError(f"expected a mask image, got {name}: {error}") from error
     if values.shape[:2] != size:
@@ -42,8 +50,10 @@ def read_mask(
     if mode in ("LA", "RGBA"):
         alpha = values[..., -1]
         values = alpha if alpha.min() < alpha.max() else values[..., :-1]
-    if values.ndim == 3:
-        values = values.max(axis=2)
+    if palette is not None and len(np.unique(values)) <= 2:
+        values = _objects_colour(palette, name)
+    elif values.ndim == 3:
+        values = _one_channel(values, name)
     if values.dtype == bool or len(levels := np.unique(values)) == 1 or (len(levels) == 2 and levels[0] == 0):
         return values != 0
     if mode == "P" or values.dtype != np.uint8 or levels[-1] < 128:
@@ -52,3 +62,33 @@ def read_mask(
             "split a map of instance numbers into one image per instance"
         )
     return np.divide(values, 255, dtype=np.float32)
+
+
+def _objects_colour(colours: NDArray[np.uint8], name: str) -> NDArray[np.bool_]:
+    """Tell the object of an image with a palette of two colours, ``(H, W, 3)``: the one that is not black.
+
+    Which of the two has the number 0 is up to the program that wrote it.
+    """
+    bright = colours.max(axis=2)
+    if (levels := np.unique(bright))[0] and not (len(levels) == 2 and levels[0] < DARK and levels[1] >= BRIGHT):
+        raise InvalidInputError(
+            f"expected the object of {name} on black, got the colours "
+            f"{np.unique(colours.reshape(-1, 3), axis=0)[:2].tolist()}: save it black and white"
+        )
+    return bright > levels[0] if levels[0] else bright > 0
+
+
+def _one_channel(values: NDArray, name: str) -> NDArray:
+    """Bring a picture of grey, or of one colour on black, ``(H, W, C)``, to one channel."""
+    brightest = values.max(axis=2)
+    noise = GREY_NOISE if brightest.max() >= BRIGHT else 0
+    is_grey = not (brightest > values.min(axis=2).astype(np.int64) + noise).any()
+    if is_grey or np.count_nonzero(values.any(axis=(0, 1))) == 1:
+        return brightest
+    colours = np.unique(values.reshape(-1, values.shape[2]), axis=0)
+    if np.count_nonzero(colours.any(axis=1)) > 1:
+        raise InvalidInputError(
+            f"expected one object in {name}, black and white, got {len(colours)} colours: split a map of instances by "
+            "colours into one image per instance"
+        )
+    return brightest != 0

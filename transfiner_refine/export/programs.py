@@ -251,7 +251,7 @@ def _describe(refiner: Refiner, options: RefineOptions, budget: tuple[int, ...])
         "mask_threshold": options.mask_threshold,
         "keep_if_iou_below": options.keep_if_iou_below,
         "keep_if_gain_below": options.keep_if_gain_below,
-        "box_margin": config.box_margin,
+        "box_margin": config.box_margin if options.box_margin is None else options.box_margin,
         "roi_side": side,
         "pixel_side": PIXEL_SIDE if aligns else None,
         "crop_side": CROP_SIDE,

@@ -101,14 +101,16 @@ class OnnxRefiner:
         size = corners[:, 2:] - corners[:, :2]
         inside = (corners[:, :2] < (masks.shape[2], masks.shape[1])).all(axis=1) & (corners[:, 2:] > 0).all(axis=1)
         usable = np.flatnonzero((size > 0).all(axis=1) & inside)
+        spans = corners.copy()
+        spans[usable] = _within_reach(corners[usable], masks.shape[1:])
         result = RefinedMasks(
             refined,
             probs=np.zeros((len(masks), side, side), np.float32),
-            rois=_grown(corners, config["box_margin"]),
+            rois=_grown(spans, config["box_margin"]),
             kept_coarse=np.zeros(len(masks), np.bool_),
             predicted_gain=np.zeros(len(masks), np.float32) if "gain" in self._outputs else None,
         )
-        pyramid, spans = _ImagePyramid(image, config["outside"]), corners.copy()
+        pyramid = _ImagePyramid(image, config["outside"])
         settled = np.zeros(len(masks), np.bool_)
         for number in range(config.get("passes", 1)):
             if number:  # from the refined masks, in boxes that hold them
@@ -302,6 +304,12 @@ def _grown(boxes: np.ndarray, margin: float) -> np.ndarray:
     """Boxes ``(n, 4)`` with a margin on all sides, as a share of theirs."""
     size = np.float32(margin) * (boxes[:, 2:] - boxes[:, :2])
     return np.concatenate([boxes[:, :2] - size, boxes[:, 2:] + size], axis=1)
+
+
+def _within_reach(boxes: np.ndarray, image_size: tuple[int, ...]) -> np.ndarray:
+    """Boxes ``(n, 4)`` that reach into the image, less what is farther from it than it is wide or high."""
+    size = np.array(image_size[::-1] * 2, np.float32)
+    return np.clip(boxes, -size, 2 * size)
 
 
 def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:

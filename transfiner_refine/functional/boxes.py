@@ -48,3 +48,22 @@ def touches_image(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
     """
     height, width = image_size
     return (boxes[:, 0] < width) & (boxes[:, 1] < height) & (boxes[:, 2] > 0) & (boxes[:, 3] > 0)
+
+
+def within_reach(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """Cut off what boxes that reach into the image have farther away from it than it is wide or high.
+
+    There is no mask and no pixel out there, only cells to fill: a wrong box of thousands of pixels would take all
+    memory.
+
+    Args:
+        boxes: ``(N, 4)`` float, xyxy pixels.
+        image_size: ``(H, W)`` pixels.
+
+    Returns:
+        ``(N, 4)`` float, xyxy pixels; boxes outside of the image as they were.
+    """
+    height, width = image_size
+    size = boxes.new_tensor([width, height]).repeat(2)
+    near = torch.minimum(torch.maximum(boxes, -size), 2 * size)
+    return torch.where(touches_image(boxes, image_size)[:, None], near, boxes)

@@ -21,16 +21,19 @@ class ImageHalves:
 
     Args:
         image: ``(3, H, W)`` float in [0, 1].
+        may_change: Whether it may be written to, which saves a copy.
     """
 
-    def __init__(self, image: Tensor):
-        self.levels = [image[None] - OUTSIDE]
+    def __init__(self, image: Tensor, *, may_change: bool = False):
+        self.levels = [image[None].sub_(OUTSIDE) if may_change else image[None] - OUTSIDE]
 
     def __getitem__(self, level: int) -> Tensor:
         while len(self.levels) <= level:
             last = self.levels[-1]
             # An odd last row or column is averaged with what lies outside, as in the full-size image.
-            self.levels.append(halve(F.pad(last, (0, last.shape[3] % 2, 0, last.shape[2] % 2))))
+            odd_rows, odd_columns = last.shape[2] % 2, last.shape[3] % 2
+            padded = F.pad(last, (0, odd_columns, 0, odd_rows)) if odd_rows or odd_columns else last
+            self.levels.append(halve(padded))
         return self.levels[level]
 
 

@@ -21,6 +21,9 @@ Segmentation = Mapping[str, Any] | Sequence[Sequence[float]]
 MAX_COORDINATE = 1e6
 """Largest polygon coordinate, in pixels: pycocotools walks every edge in steps of a fifth of a pixel."""
 
+MAX_OUTLINE = 4e6
+"""Longest outline of one object's polygons, in pixels: each takes pycocotools about 80 bytes."""
+
 MAX_DIGITS = 7
 """Most characters of one compressed run length: 5 bits each, so that longer ones exceed 32 bits."""
 
@@ -148,9 +151,12 @@ def _checked_runs(rle: Mapping[str, Any], size: tuple[int, int]) -> NDArray[np.i
     if isinstance(counts, (str, bytes)):
         runs = _parse_counts(counts)
     else:
-        runs = np.asarray(counts)
+        try:
+            runs = np.asarray(counts)
+        except ValueError:
+            runs = np.empty((0, 0))  # ragged
         if runs.ndim != 1 or (runs.size and runs.dtype.kind not in "iu"):
-            raise InvalidInputError(f"expected counts as a string or a list of integers, got {type(counts).__name__}")
+            raise InvalidInputError(f"expected counts as a string or a list of integers, got {str(counts)[:60]}")
         runs = runs.astype(np.int64)
     pixels = size[0] * size[1]
     # The bound on each keeps the sum of damaged ones from wrapping around to the right number.
@@ -168,7 +174,8 @@ def _parse_counts(counts: str | bytes) -> NDArray[np.int64]:
     The lowest bits come first, the highest bit is the sign, and from the fourth number on a number is the difference to
     the one two before it.
     """
-    text = counts.encode("utf-8") if isinstance(counts, str) else counts
+    # Whatever is not ASCII, a lone surrogate too, becomes bytes that are no digits.
+    text = counts.encode("utf-8", "surrogatepass") if isinstance(counts, str) else counts
     digits = np.frombuffer(text, np.uint8).astype(np.int64) - ord("0")
     ends = np.flatnonzero(digits < 32)
     lengths = np.diff(ends, prepend=-1)
@@ -195,6 +202,7 @@ def _checked_polygons(polygons: Sequence[Any]) -> list[list[float]]:
             "a single polygon goes into a list of its own"
         )
     checked = []
+    length = 0.0
     for polygon in polygons:
         try:
             values = np.asarray(polygon)
@@ -209,5 +217,12 @@ def _checked_polygons(polygons: Sequence[Any]) -> list[list[float]]:
                 f"expected polygon coordinates in image pixels, finite and at most {MAX_COORDINATE:g}, "
                 f"got {str(polygon)[:60]}"
             )
-        checked.append(values.astype(float).tolist())
+        points = values.astype(float).reshape(-1, 2)
+        length += np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum()
+        checked.append(points.ravel().tolist())
+    if length > MAX_OUTLINE:
+        raise InvalidInputError(
+            f"expected polygons whose outline is at most {MAX_OUTLINE:g} pixels long, got {length:.0f}: bring them to "
+            "image pixels, or encode the mask as run lengths"
+        )
     return checked
