@@ -159,6 +159,7 @@ def test_the_readme_has_what_is_run():
     readme = DOCUMENTS[0]
     assert sum(block.is_run for block in blocks(readme, "python")) >= 3
     assert {command.split()[1] for command in commands(readme) if command.startswith("transfiner-refine ")} == {
+        "benchmark",
         "demo",
         "image",
         "coco",
