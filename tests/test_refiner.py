@@ -13,7 +13,7 @@ from small_models import discs, encoder_config, eventful_model, random_image, ra
 from torch import Tensor
 
 from transfiner_refine import Instances, RefineOptions, Refiner
-from transfiner_refine.errors import InvalidInputError
+from transfiner_refine.errors import InvalidInputError, WeightsError
 from transfiner_refine.functional import rle
 from transfiner_refine.functional.boxes import expand_boxes
 from transfiner_refine.inputs import boxes_from_masks
@@ -393,3 +393,70 @@ def test_a_caller_s_autocast_does_not_round_predicted_gains():
     assert out.predicted_gain is not None and expected.predicted_gain is not None
     assert out.predicted_gain.dtype == torch.float32
     torch.testing.assert_close(out.predicted_gain, expected.predicted_gain, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32])
+def test_masks_of_any_strides(on_images: Refiner, image: np.ndarray, masks: Tensor, dtype: torch.dtype):
+    last = masks.to(dtype).permute(1, 2, 0).contiguous().permute(2, 0, 1)  # as frameworks that put channels last
+    assert not last.is_contiguous()
+    assert_same(
+        on_images.refine(image, masks=last, options=FREE), on_images.refine(image, masks=masks.to(dtype), options=FREE)
+    )
+
+
+def test_an_empty_mask_changes_no_other_and_costs_nothing(
+    on_images: Refiner, image: np.ndarray, masks: Tensor, monkeypatch: pytest.MonkeyPatch
+):
+    alone = on_images.refine(image, masks=masks[:1], options=FREE)
+    with_empty = torch.cat([masks[:1], torch.zeros(12, H, W, dtype=torch.bool)])
+    boxes = torch.cat([boxes_from_masks(masks[:1]), torch.tensor([[10.0, 10, 60, 60]]).expand(12, 4)])
+    together = on_images.refine(image, boxes=boxes, masks=with_empty, options=FREE)
+    assert_same(together[[0]], alone)
+    assert not together.masks[1:].any()
+    again = on_images.refine(image, masks=on_images.refine(image, masks=with_empty, options=FREE).masks, options=FREE)
+    assert on_images.refine(image, boxes=again.boxes, masks=again.masks, options=FREE).boxes[1:].eq(0).all()
+    monkeypatch.setattr(on_images.model.transfiner, "forward", None)
+    on_images.refine(image, masks=with_empty[1:], options=FREE)
+
+
+def test_the_first_mask_bounds_how_far_later_passes_stray(on_images: Refiner, image: np.ndarray):
+    """Each pass alone may keep half of the mask that it starts from; all of them together may not lose more."""
+    mask = discs(H, W, [(60.0, 45.0, 40.0)])
+    for passes in (1, 2, 3, 4):
+        options = RefineOptions(passes=passes, keep_if_iou_below=0.6, again_if_iou_below=1.0)
+        out = on_images.refine(image, masks=mask, options=options)
+        iou = float((out.masks & mask).sum() / (out.masks | mask).sum())
+        assert iou >= 0.55, f"{passes} passes: {iou}"  # of cells, which pixels follow nearly
+
+
+def test_boxes_are_those_of_the_mask_threshold(on_images: Refiner, image: np.ndarray, masks: Tensor):
+    soft = masks[:1].float() * 0.4
+    out = on_images.refine(image, masks=soft, options=replace(FREE, mask_threshold=0.3))
+    assert torch.equal(out.boxes, boxes_from_masks(masks[:1]))
+
+
+def test_what_goes_along_is_checked_before_the_work(
+    on_images: Refiner, image: np.ndarray, masks: Tensor, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(on_images.model.transfiner, "forward", None)
+    for labels, scores in ((["cat"] * 3, None), ([1, 2], None), (None, [0.5])):
+        with pytest.raises(InvalidInputError, match=r"labels|scores"):
+            on_images.refine(image, masks=masks, labels=labels, scores=scores)
+    with pytest.raises(InvalidInputError, match="options as RefineOptions, got dict"):
+        on_images.refine(image, masks=masks, options={"depth": 1})  # type: ignore[arg-type]
+    with pytest.raises(InvalidInputError, match="Instances for each image, got dict"):
+        on_images.refine_batch([image], [{"masks": masks}])  # type: ignore[list-item]
+    with pytest.raises(InvalidInputError, match="a FeaturePyramid, got list"):
+        on_images.refine(features=[masks], masks=masks, image_size=(H, W))  # type: ignore[arg-type]
+
+
+def test_weights_that_cannot_be_stored_are_refused(tmp_path: Path):
+    model = eventful_model(small_config())
+    with torch.no_grad():
+        model.transfiner.pixel_decoder.layers[2].bias.fill_(1e5)  # type: ignore[operator]
+    with pytest.raises(WeightsError, match=r"finite weights within the range of torch.float16"):
+        Refiner(model).save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(WeightsError, match="a directory to save to"):
+        Refiner(eventful_model(small_config())).save_pretrained(tmp_path / "file")

@@ -185,17 +185,18 @@ def as_masks(masks: Any, image_size: tuple[int, int], mask_frame: Literal["image
     return CoarseMasks(mask_values(data), "image")
 
 
-def boxes_from_masks(masks: Tensor) -> Tensor:
+def boxes_from_masks(masks: Tensor, threshold: float = 0.5) -> Tensor:
     """Find the tight box of each mask.
 
     Args:
-        masks: ``(N, H, W)`` bool, or float probabilities, of which 0.5 and above count.
+        masks: ``(N, H, W)`` bool, or float probabilities.
+        threshold: Probability from which a pixel belongs to the mask.
 
     Returns:
         ``(N, 4)`` float32 half-open xyxy, image pixels; zeros for an empty mask.
     """
     # As bytes and by the maximum: several times faster than `any` on a CPU.
-    occupied = (masks >= 0.5 if masks.is_floating_point() else masks).view(torch.uint8)
+    occupied = (masks >= threshold if masks.is_floating_point() else masks).view(torch.uint8)
     (left, right), (top, bottom) = _extent(occupied.amax(dim=1)), _extent(occupied.amax(dim=2))
     return torch.stack([left, top, right, bottom], dim=1).to(torch.float32)
 

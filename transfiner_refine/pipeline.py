@@ -89,6 +89,7 @@ class Job:
         spans: ``(N, 4)`` float32 xyxy, image pixels: the boxes within reach of the image, grown to hold the masks that
             earlier passes made.
         rois: ``(N, 4)`` float32 xyxy, image pixels: spans with their margin, where ``probs`` lies.
+        given: The coarse masks of the call.
         coarse: The masks that this pass starts from: as they were given, or those of the pass before.
         masks: ``(N, H, W)`` bool, the coarse masks until the refined ones are pasted.
         probs: ``(N, S, S)`` float32, refined probabilities in the RoI frame.
@@ -106,6 +107,7 @@ class Job:
     boxes: Tensor
     spans: Tensor
     rois: Tensor
+    given: CoarseMasks
     coarse: CoarseMasks
     masks: Tensor
     probs: Tensor
@@ -154,6 +156,8 @@ class Pipeline:
     """
 
     def __init__(self, model: RefinerModel, options: RefineOptions):
+        if not isinstance(options, RefineOptions):
+            raise InvalidInputError(f"expected options as RefineOptions, got {type(options).__name__}")
         self.model = model
         self.options = options
         parameter = next(model.parameters())
@@ -199,7 +203,10 @@ class Pipeline:
             masks = torch.zeros((boxes.shape[0], *size), dtype=torch.bool, device=self.device)
             paste(coarse.data.float(), boxes, masks, threshold)
         else:
-            masks = coarse.data.clone() if coarse.data.dtype == torch.bool else coarse.data >= threshold
+            is_bool = coarse.data.dtype == torch.bool
+            # Pasting writes to rows of pixels, whatever the strides of what was given.
+            masks = coarse.data.clone(memory_format=torch.contiguous_format) if is_bool else coarse.data >= threshold
+            masks = masks.contiguous()
         halves = None
         if image is not None:
             image = image.to(self.device)
@@ -209,19 +216,21 @@ class Pipeline:
         predicts_gain = self.model.gain_predictor is not None and self.depth > 0
         spans = within_reach(boxes, size)
         has_area = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+        has_pixels = masks.flatten(1).view(torch.uint8).amax(dim=1) > 0  # several times faster than `any` on a CPU
         return Job(
             image=halves,
             features=pyramid,
             boxes=boxes,
             spans=spans,
             rois=expand_boxes(spans, self.box_margin),
+            given=coarse,
             coarse=coarse,
             masks=masks,
             probs=torch.zeros((boxes.shape[0], side, side), device=self.device),
             kept_coarse=torch.zeros(boxes.shape[0], dtype=torch.bool, device=self.device),
             settled=torch.zeros(boxes.shape[0], dtype=torch.bool, device=self.device),
             gain=torch.zeros(boxes.shape[0], device=self.device) if predicts_gain else None,
-            index=(has_area & touches_image(boxes, size)).nonzero()[:, 0],
+            index=(has_area & has_pixels & touches_image(boxes, size)).nonzero()[:, 0],
         )
 
     @torch.no_grad()
@@ -242,7 +251,7 @@ class Pipeline:
             depth = depth_of(boxes) if options.depth == "auto" else None
             select = above_threshold(options.incoherence_threshold, options.max_nodes, depth)
             parts = list(zip(group, rois.split([len(index) for _, index in group]), strict=True))
-            coarse = torch.cat([self._coarse(job, index, part) for (job, index), part in parts])
+            coarse = torch.cat([self._coarse(job, job.coarse, index, part) for (job, index), part in parts])
             output = self.model.transfiner(
                 self._features(group, rois), coarse, self.depth, select, options.token_budget
             )
@@ -251,6 +260,9 @@ class Pipeline:
             present = coarse.amax(dim=(1, 2)) >= options.mask_threshold
             agreement = _iou(output.probs, coarse, options.mask_threshold)
             refused = agreement < options.keep_if_iou_below
+            if number > 0 and options.keep_if_iou_below > 0:  # steps that are each small enough may lead far away
+                given = torch.cat([self._coarse(job, job.given, index, part) for (job, index), part in parts])
+                refused |= _iou(output.probs, given, options.mask_threshold) < options.keep_if_iou_below
             gain = None
             if number == 0:  # what is predicted is what all passes win
                 gain = self._gain(output, coarse, pixels, aligned)
@@ -420,10 +432,10 @@ class Pipeline:
         image = torch.arange(rois.shape[0], device=rois.device)
         return self.model.transfiner.roi_pyramid(pyramid, pyramid.to_network(rois, image), image)
 
-    def _coarse(self, job: Job, index: Tensor, rois: Tensor) -> Tensor:
-        """Coarse probabilities ``(n, S, S)`` of some instances in RoIs of theirs."""
-        data, side = job.coarse.data[index], job.probs.shape[-1]
-        if job.coarse.frame == "box":
+    def _coarse(self, job: Job, masks: CoarseMasks, index: Tensor, rois: Tensor) -> Tensor:
+        """Probabilities ``(n, S, S)`` of some instances of a job's coarse masks in RoIs of theirs."""
+        data, side = masks.data[index], job.probs.shape[-1]
+        if masks.frame == "box":
             return crop_box_masks(data.float(), job.boxes[index], rois, side)
         return crop_masks(data, rois, side)
 

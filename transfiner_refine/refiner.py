@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
+from transfiner_refine.arrays import to_tensor
 from transfiner_refine.config import RefineOptions, TransfinerConfig
 from transfiner_refine.errors import InvalidInputError
 from transfiner_refine.inputs import as_boxes, as_image, as_masks, boxes_from_masks
@@ -160,17 +162,18 @@ class Refiner:
         if boxes is None:
             if coarse.frame == "box":
                 raise InvalidInputError('expected boxes with mask_frame="box", got None: pass the boxes of the masks')
-            boxes = boxes_from_masks(coarse.data)
-        else:
-            boxes = as_boxes(boxes, size)
+            boxes = boxes_from_masks(coarse.data, pipeline.options.mask_threshold)
+        else:  # what refine() returned for an empty mask can be passed in again
+            boxes = as_boxes(boxes, size, zero_ok=True)
         if boxes.shape[0] != coarse.data.shape[0]:
             raise InvalidInputError(
                 f"expected one box per mask, got {boxes.shape[0]} boxes and {coarse.data.shape[0]} masks: "
                 "pass both in the same order"
             )
         job = pipeline.job(pixels, features, boxes, coarse, size)
+        checked = _with_passengers(job, labels, scores)
         pipeline.run([job])
-        return _result(pipeline, job, labels, scores)
+        return _result(pipeline, job, checked)
 
     def refine_batch(
         self, images: Sequence[Any], instances: Sequence[Instances], *, options: RefineOptions | None = None
@@ -189,6 +192,11 @@ class Refiner:
             InvalidInputError: If an input cannot be used, or the two lists differ in length.
         """
         pipeline = Pipeline(self.model, options or RefineOptions())
+        images, instances = list(images), list(instances)
+        if wrong := [type(x).__name__ for x in instances if not isinstance(x, Instances)]:
+            raise InvalidInputError(
+                f"expected Instances for each image, got {wrong[0]}: Instances(boxes=..., masks=..., image_size=(H, W))"
+            )
         if len(images) != len(instances):
             raise InvalidInputError(
                 f"expected one Instances per image, got {len(images)} images and {len(instances)} Instances"
@@ -204,11 +212,17 @@ class Refiner:
             # What refine() returned for an empty mask can be passed in again.
             boxes = as_boxes(coarse.boxes, size, zero_ok=True)
             jobs.append(pipeline.job(pixels, None, boxes, as_masks(coarse.masks, size), size))
+        checked = [_with_passengers(job, x.labels, x.scores) for job, x in zip(jobs, instances, strict=True)]
         pipeline.run(jobs)
-        return [_result(pipeline, job, given.labels, given.scores) for job, given in zip(jobs, instances, strict=True)]
+        return [_result(pipeline, job, given) for job, given in zip(jobs, checked, strict=True)]
 
     def _check_features(self, features: FeaturePyramid) -> None:
         config = self.config
+        if not isinstance(features, FeaturePyramid):
+            raise InvalidInputError(
+                f"expected features as a FeaturePyramid, got {type(features).__name__}: "
+                "FeaturePyramid(tuple(maps), strides), finest map first"
+            )
         if features.batch_size != 1:
             raise InvalidInputError(f"expected features of one image, got a batch of {features.batch_size}")
         if (features.channels, features.strides) != (config.feature_channels, config.strides):
@@ -223,13 +237,28 @@ class Refiner:
             )
 
 
-def _result(pipeline: Pipeline, job: Job, labels: Any, scores: Any) -> Instances:
+def _with_passengers(job: Job, labels: Any, scores: Any) -> Instances:
+    """Check labels and scores, before the work that they would be lost with, and bring them to the job's device."""
+
+    def there(values: Any, name: str) -> Tensor | None:
+        return None if values is None else to_tensor(values, name).detach().to(job.masks.device)
+
     return Instances(
         boxes=job.boxes,
         masks=job.masks,
         image_size=job.image_size,
-        scores=scores,
-        labels=labels,
+        scores=there(scores, "scores"),
+        labels=there(labels, "labels"),
+    )
+
+
+def _result(pipeline: Pipeline, job: Job, given: Instances) -> Instances:
+    return Instances(
+        boxes=job.boxes,
+        masks=job.masks,
+        image_size=job.image_size,
+        scores=given.scores,
+        labels=given.labels,
         probs=job.probs,
         rois=job.rois,
         kept_coarse=job.kept_coarse,

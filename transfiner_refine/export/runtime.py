@@ -100,7 +100,7 @@ class OnnxRefiner:
             raise InvalidInputError(f"expected boxes of shape ({len(masks)}, 4), one per mask, got {corners.shape}")
         size = corners[:, 2:] - corners[:, :2]
         inside = (corners[:, :2] < (masks.shape[2], masks.shape[1])).all(axis=1) & (corners[:, 2:] > 0).all(axis=1)
-        usable = np.flatnonzero((size > 0).all(axis=1) & inside)
+        usable = np.flatnonzero((size > 0).all(axis=1) & inside & refined.any(axis=(1, 2)))
         spans = corners.copy()
         spans[usable] = _within_reach(corners[usable], masks.shape[1:])
         result = RefinedMasks(
@@ -123,7 +123,10 @@ class OnnxRefiner:
                 rois = _grown(spans[index], config["box_margin"])
                 given = refined if number else masks
                 coarse = np.stack([_crop_mask(given[i], roi, side) for i, roi in zip(index, rois, strict=True)])
-                settled[index] = self._refine(pyramid, index, rois, coarse, number, result)
+                first = coarse
+                if number:
+                    first = np.stack([_crop_mask(masks[i], roi, side) for i, roi in zip(index, rois, strict=True)])
+                settled[index] = self._refine(pyramid, index, rois, coarse, first, number, result)
         return result
 
     def _refine(
@@ -132,10 +135,13 @@ class OnnxRefiner:
         index: np.ndarray,
         rois: np.ndarray,
         coarse: np.ndarray,
+        first: np.ndarray,
         number: int,
         result: RefinedMasks,
     ) -> np.ndarray:
         """Refine n instances once, in pass ``number``, and write what they became into the result.
+
+        ``first`` are the masks of the call, as ``coarse`` in the first pass.
 
         Returns:
             ``(n,)`` bool, where another pass would be wasted.
@@ -146,7 +152,8 @@ class OnnxRefiner:
         found, touched = outputs["probs"], outputs["touched"]
         present = coarse.max(axis=(1, 2)) >= threshold
         agreement = _iou(found >= threshold, coarse >= threshold)
-        refused = agreement < config["keep_if_iou_below"]
+        refused = _iou(found >= threshold, first >= threshold) < config["keep_if_iou_below"]
+        refused |= agreement < config["keep_if_iou_below"]
         if number == 0 and "gain" in outputs:
             refused |= outputs["gain"] < config["keep_if_gain_below"]
         keep = present & refused

@@ -141,6 +141,8 @@ def load_model(directory: Path) -> RefinerModel:
             f"{path} does not fit its {CONFIG}: {len(wrong)} of {len(expected)} tensors are missing, unexpected or of "
             f"another shape, the first is {wrong[0]!r}; use the config that was saved with these weights"
         )
+    if wrong := [name for name, value in weights.items() if not (value.is_floating_point() and value.isfinite().all())]:
+        raise WeightsError(f"{path} holds weights that are no finite numbers, the first in {wrong[0]!r}: save it again")
     model.load_state_dict({name: value.float() for name, value in weights.items()}, strict=True, assign=True)
     return model
 
@@ -155,9 +157,20 @@ def save_model(model: RefinerModel, directory: Path, dtype: torch.dtype = torch.
 
     Returns:
         The directory.
+
+    Raises:
+        WeightsError: If a weight is not finite, or too large for ``dtype``, or the directory cannot be made.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().to("cpu", dtype).contiguous() for name, value in model.state_dict().items()}
+    if wrong := [name for name, value in weights.items() if not value.isfinite().all()]:
+        raise WeightsError(
+            f"expected finite weights within the range of {dtype}, got others in {len(wrong)} tensors, the first "
+            f"{wrong[0]!r}: the training that they are from has diverged"
+        )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WeightsError(f"expected a directory to save to, got {directory}: {error.strerror}") from error
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         temporary = Path(scratch)
         write_weights(temporary / WEIGHTS, weights)
