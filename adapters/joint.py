@@ -139,7 +139,7 @@ class RefinedDetector(nn.Module):
                 raise InvalidInputError("expected images for a refiner with an image encoder, got none")
             else:
                 image = images[index]
-            given = CoarseMasks(coarse.masks.contiguous(), "image")
+            given = CoarseMasks(coarse.masks, "image")
             job = pipeline.job(image, features, coarse.boxes, given, coarse.image_size)
             if prediction.box_probs is not None:  # which refinement starts from, and pastes into the host's own masks
                 job.coarse = CoarseMasks(prediction.box_probs.to(pipeline.device), "box")
@@ -152,14 +152,18 @@ class RefinedDetector(nn.Module):
         coarse, threshold = prediction.instances, self.joint.refine.mask_threshold
         device = coarse.masks.device
         probs, rois, masks = job.probs.to(device), job.rois.to(device), job.masks.to(device)
+        is_bool = coarse.masks.dtype == torch.bool
+        before = None
         if prediction.box_probs is not None:
             before = crop_box_masks(prediction.box_probs.float(), coarse.boxes, rois, probs.shape[-1])
             # Hosts paste otherwise than the pipeline: what refinement has left as it was stays as they pasted it.
             changed = torch.zeros_like(masks)
             paste(torch.ones_like(probs), rois, changed, threshold, probs != before)
             masks = torch.where(changed, masks, coarse.masks >= threshold)
-        if coarse.masks.dtype != torch.bool:
-            masks = self._as_probs(prediction, masks, probs, rois)
+        elif not is_bool:
+            before = crop_masks(coarse.masks, rois, probs.shape[-1])
+        if not is_bool:
+            masks = self._as_probs(coarse.masks, masks, probs, rois, probs != before)
         return Instances(
             boxes=coarse.boxes,
             masks=masks,
@@ -172,27 +176,24 @@ class RefinedDetector(nn.Module):
             predicted_gain=None if job.gain is None else job.gain.to(device),
         )
 
-    def _as_probs(self, prediction: Prediction, labels: Tensor, probs: Tensor, rois: Tensor) -> Tensor:
+    def _as_probs(self, coarse: Tensor, labels: Tensor, probs: Tensor, rois: Tensor, where: Tensor) -> Tensor:
         """Write the changed cells of refined probabilities into the host's own, which agree with the labels after it.
 
         Args:
-            prediction: With float masks.
+            coarse: ``(N, H, W)`` float32, the host's.
             labels: ``(N, H, W)`` bool, the refined masks.
             probs: ``(N, S, S)`` float32 refined probabilities, RoI frame.
             rois: ``(N, 4)`` float32 xyxy, image pixels.
+            where: ``(N, S, S)`` bool, the cells that changed.
 
         Returns:
             ``(N, H, W)`` float32.
         """
-        coarse, threshold = prediction.instances, self.joint.refine.mask_threshold
-        if prediction.box_probs is not None:
-            before = crop_box_masks(prediction.box_probs.float(), coarse.boxes, rois, probs.shape[-1])
-        else:
-            before = crop_masks(coarse.masks, rois, probs.shape[-1])
-        masks = coarse.masks.clone(memory_format=torch.contiguous_format)
-        paste(probs, rois, masks, threshold, probs != before)
+        threshold = self.joint.refine.mask_threshold
+        masks = coarse.clone(memory_format=torch.contiguous_format)
+        paste(probs, rois, masks, threshold, where)
         # Cells are coarser than pixels: what aligns outlines with the photo, or leaves a pixel alone, is not in them.
-        masks = torch.where((masks >= threshold) == labels, masks, coarse.masks)
+        masks = torch.where((masks >= threshold) == labels, masks, coarse)
         inside = masks.clamp(min=threshold + LABEL_MARGIN * (1 - threshold))
         outside = masks.clamp(max=threshold - LABEL_MARGIN * threshold)
         return torch.where((masks >= threshold) == labels, masks, torch.where(labels, inside, outside))

@@ -6,6 +6,7 @@ N instances of an image, S RoI side. Conversion and validation happen here, once
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -253,12 +254,9 @@ def _with_passengers(job: Job, labels: Any, scores: Any) -> Instances:
 
 
 def _result(pipeline: Pipeline, job: Job, given: Instances) -> Instances:
-    return Instances(
-        boxes=job.boxes,
+    return replace(
+        given,
         masks=job.masks,
-        image_size=job.image_size,
-        scores=given.scores,
-        labels=given.labels,
         probs=job.probs,
         rois=job.rois,
         kept_coarse=job.kept_coarse,

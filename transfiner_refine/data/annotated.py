@@ -18,8 +18,8 @@ from transfiner_refine.data.coco import (
     entry_fault,
     group_by_image,
     load_image_index,
-    load_json,
     load_results,
+    load_section,
     write_atomic,
 )
 from transfiner_refine.data.object_cache import decode_soft, errors_in
@@ -174,12 +174,8 @@ class AnnotatedSet:
 
 def _annotated_objects(path: Path) -> dict[int, Result]:
     """Read the annotations that are objects, by their place in the file."""
-    document = load_json(path)
-    entries = document.get("annotations") if isinstance(document, dict) else None
-    if not isinstance(entries, list):
-        raise InvalidInputError(f'expected a COCO annotations file with a list "annotations" in {path}, got none')
     objects = {}
-    for place, entry in enumerate(entries):
+    for place, entry in enumerate(load_section(path, "annotations")):
         # Without a segmentation it is no object, and as good as one of null.
         whole = {"segmentation": None} | entry if isinstance(entry, dict) else entry
         if fault := entry_fault(whole):

@@ -70,7 +70,7 @@ def load_annotations(path: Path | str) -> list[Result]:
     Raises:
         InvalidInputError: If the file cannot be read, has no ``annotations``, or one of them is malformed.
     """
-    return _checked_entries(_section(path, "annotations"), path)
+    return _checked_entries(load_section(path, "annotations"), path)
 
 
 def load_image_index(path: Path | str) -> dict[ImageId, str]:
@@ -87,7 +87,7 @@ def load_image_index(path: Path | str) -> dict[ImageId, str]:
         InvalidInputError: If the file cannot be read, is not of this form, or gives an id two file names.
     """
     names: dict[ImageId, str] = {}
-    for index, image in enumerate(_section(path, "images")):
+    for index, image in enumerate(load_section(path, "images")):
         name = _file_name(image) if isinstance(image, dict) else None
         if name is None or not _is_id(image.get("id")):
             raise InvalidInputError(
@@ -147,11 +147,11 @@ def find_images(
         )
     paths: dict[ImageId, Path] = {}
     missing = []
-    often = Counter(Path(name).name for name in file_names.values())
+    often, own = Counter(Path(name).name for name in file_names.values()), folder.resolve().name
     for image_id in image_ids:
         name = Path(file_names[image_id])
         places = [folder / name]
-        if name.parent.name == folder.resolve().name or often[name.name] == 1:
+        if name.parent.name == own or often[name.name] == 1:
             places.append(folder / name.name)
         path = next(filter(_is_file, places), None)
         if path is None:
@@ -337,8 +337,12 @@ def load_json(path: Path | str) -> Any:
         raise InvalidInputError(f"expected a JSON file, got {path}, which is not JSON: {error}") from error
 
 
-def _section(path: Path | str, name: str) -> list[Any]:
-    """Read one list of an annotations file."""
+def load_section(path: Path | str, name: str) -> list[Any]:
+    """Read one list of a COCO annotations file; its entries are not checked.
+
+    Raises:
+        InvalidInputError: If the file cannot be read or has no such list.
+    """
     document = load_json(path)
     section = document.get(name) if isinstance(document, dict) else None
     if not isinstance(section, list):

@@ -75,7 +75,7 @@ def _objects_colour(colours: NDArray[np.uint8], name: str) -> NDArray[np.bool_]:
             f"expected the object of {name} on black, got the colours "
             f"{np.unique(colours.reshape(-1, 3), axis=0)[:2].tolist()}: save it black and white"
         )
-    return bright > levels[0] if levels[0] else bright > 0
+    return bright > levels[0]
 
 
 def _one_channel(values: NDArray, name: str) -> NDArray:

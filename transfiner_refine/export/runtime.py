@@ -123,7 +123,7 @@ class OnnxRefiner:
                 rois = _grown(spans[index], config["box_margin"])
                 given = refined if number else masks
                 coarse = np.stack([_crop_mask(given[i], roi, side) for i, roi in zip(index, rois, strict=True)])
-                first = coarse
+                first = None
                 if number:
                     first = np.stack([_crop_mask(masks[i], roi, side) for i, roi in zip(index, rois, strict=True)])
                 settled[index] = self._refine(pyramid, index, rois, coarse, first, number, result)
@@ -135,13 +135,13 @@ class OnnxRefiner:
         index: np.ndarray,
         rois: np.ndarray,
         coarse: np.ndarray,
-        first: np.ndarray,
+        first: np.ndarray | None,
         number: int,
         result: RefinedMasks,
     ) -> np.ndarray:
         """Refine n instances once, in pass ``number``, and write what they became into the result.
 
-        ``first`` are the masks of the call, as ``coarse`` in the first pass.
+        ``first`` are the masks of the call, None in the first pass, where ``coarse`` are.
 
         Returns:
             ``(n,)`` bool, where another pass would be wasted.
@@ -152,8 +152,9 @@ class OnnxRefiner:
         found, touched = outputs["probs"], outputs["touched"]
         present = coarse.max(axis=(1, 2)) >= threshold
         agreement = _iou(found >= threshold, coarse >= threshold)
-        refused = _iou(found >= threshold, first >= threshold) < config["keep_if_iou_below"]
-        refused |= agreement < config["keep_if_iou_below"]
+        refused = agreement < config["keep_if_iou_below"]
+        if first is not None:
+            refused |= _iou(found >= threshold, first >= threshold) < config["keep_if_iou_below"]
         if number == 0 and "gain" in outputs:
             refused |= outputs["gain"] < config["keep_if_gain_below"]
         keep = present & refused
