@@ -69,6 +69,16 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _same_threads() -> Iterator[None]:
+    """Fail a test that leaves torch with another number of threads: sums of the tests after it round otherwise."""
+    before = torch.get_num_threads()
+    yield
+    left = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert left == before, f"expected {before} threads after the test, got {left}: use torch_threads"
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     """A numpy generator with a fixed seed, fresh for each test."""

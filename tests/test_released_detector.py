@@ -26,6 +26,7 @@ from transfiner_refine.modeling.released import (
 )
 from transfiner_refine.modeling.released_detector import apply_deltas, cell_anchors, level_anchors
 from transfiner_refine.modeling.released_files import DETECTRON2, convert_checkpoint
+from transfiner_refine.threads import torch_threads
 
 RECORDED = {"full_r50": "keys_r50.json", "full_r50_deform": "keys_r50_deform.json"}
 
@@ -40,10 +41,8 @@ def recorded_model(name: str) -> tuple[RecordedCase, ReleasedMaskTransfiner]:
 @pytest.fixture
 def two_threads() -> Iterator[None]:
     """As the recordings were made: with one thread oneDNN sums in another order, and features change by up to 4e-5."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(2):
+        yield
 
 
 @cache

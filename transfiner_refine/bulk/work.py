@@ -17,6 +17,7 @@ from transfiner_refine.bulk.source import Loaded, Source
 from transfiner_refine.config import RefineOptions
 from transfiner_refine.errors import InvalidInputError
 from transfiner_refine.refiner import Refiner
+from transfiner_refine.threads import torch_threads
 from transfiner_refine.types import Instances
 
 THREADS = 4
@@ -98,15 +99,13 @@ class Work:
         Raises:
             InvalidInputError: If ``strict`` and an image cannot be refined.
         """
-        threads = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
-        try:
-            with ThreadPoolExecutor(THREADS, thread_name_prefix="transfiner") as pool:
-                loaded = in_order(pool, self._load, indices)
-                refined = (self._refine(refiner, *item) for item in loaded)
-                yield from in_order(pool, self._encode, refined)
-        finally:
-            torch.set_num_threads(threads)
+        with (
+            torch_threads(self.threads),
+            ThreadPoolExecutor(THREADS, thread_name_prefix="transfiner") as pool,
+        ):
+            loaded = in_order(pool, self._load, indices)
+            refined = (self._refine(refiner, *item) for item in loaded)
+            yield from in_order(pool, self._encode, refined)
 
     def _load(self, index: int) -> tuple[int, Loaded | InvalidInputError]:
         try:

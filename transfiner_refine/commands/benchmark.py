@@ -31,6 +31,7 @@ from transfiner_refine.config import RefineOptions
 from transfiner_refine.data.coco import check_apart, check_output, decode_instances, write_json_atomic
 from transfiner_refine.errors import InvalidInputError
 from transfiner_refine.inputs import as_image
+from transfiner_refine.threads import torch_threads
 from transfiner_refine.types import Instances
 
 COUNTS = (1, 10, 100)
@@ -75,12 +76,10 @@ def benchmark(
     if not len(coarse):
         raise InvalidInputError(f"expected masks to refine in {predictions}, got none: detect with a lower score")
     refiner = load_refiner(model, device)
-    if threads is not None:
-        torch.set_num_threads(threads)
     height, width = pixels.shape[1:]
     table = Table("masks", "seconds", "from, to", "ms a mask", "masks a second", title=f"{width}×{height} pixels")
     figures = []
-    with progress_bar() as progress:
+    with progress_bar() as progress, torch_threads(threads):
         for number in progress.track(count or COUNTS, description="Timing"):
             some = coarse[torch.arange(number) % len(coarse)]
             times = _time(partial(refiner.refine, pixels, boxes=some.boxes, masks=some.masks, options=options), seconds)
@@ -95,7 +94,7 @@ def benchmark(
             )
     if json_path is not None:
         document = {"width": width, "height": height, "device": str(refiner.device)}
-        write_json_atomic(json_path, document | {"threads": torch.get_num_threads(), "calls": figures})
+        write_json_atomic(json_path, document | {"threads": threads or torch.get_num_threads(), "calls": figures})
     Console().print(table)
 
 
