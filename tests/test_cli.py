@@ -3,15 +3,18 @@
 import json
 import os
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.main import get_command
 
 from transfiner_refine import cli
-from transfiner_refine.config import TransfinerConfig
+from transfiner_refine.commands.options import REFINE_OPTIONS
+from transfiner_refine.config import RefineOptions, TransfinerConfig
 from transfiner_refine.functional import rle
 from transfiner_refine.modeling.model import RefinerModel
 from transfiner_refine.refiner import Refiner
@@ -337,6 +340,14 @@ def test_a_broken_entry_is_named_by_its_place_in_the_file(run: Run, photos: Path
     code, _, err = run("image", photos / "000000000007.png", "--predictions", predictions, *options)
     assert code == 2 and f"{predictions}, entry 1: expected run lengths" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_each_option_that_shapes_masks_is_one_of_the_commands():
+    names = {field.name for field in fields(RefineOptions)} - {"return_quadtree"}
+    assert set(REFINE_OPTIONS) == names
+    for command in ("image", "coco", "benchmark"):
+        known = {parameter.name for parameter in get_command(cli.app).commands[command].params}  # pyright: ignore
+        assert names <= known and "options" not in known
 
 
 def test_a_wrong_option_is_not_a_traceback(run: Run):

@@ -274,6 +274,10 @@ class TestReadMask:
                 image.putpalette(palette[3:6] + palette[:3])
             image.save(tmp_path / f"{number}.png")
             assert np.array_equal(read_mask(tmp_path / f"{number}.png", (6, 8)), values > 0)
+        whole = Image.fromarray(np.ones((6, 8), np.uint8))
+        whole.putpalette([0, 0, 0, 128, 0, 0])
+        whole.save(tmp_path / "whole.png")
+        assert read_mask(tmp_path / "whole.png", (6, 8)).all()
         black_first.putpalette([200, 0, 0, 128, 0, 0])
         black_first.save(tmp_path / "coloured.png")
         with pytest.raises(InvalidInputError, match="on black, got the colours"):

@@ -28,17 +28,18 @@ MAY_IMPORT = {
     "pipeline": STACK,
     "refiner": STACK | {"pipeline"},
     "canvas": set(),
+    "threads": set(),
     "visualize": STACK | {"canvas"},
     "attention": STACK | {"canvas", "refiner", "visualize"},
     "data": STACK | ON_THE_STACK,
     "evaluation": STACK | ON_THE_STACK,
     # A model in training is validated by the inference that its users will run.
     "training": STACK | ON_THE_STACK | {"refiner"},
-    "bulk": STACK | ON_THE_STACK | {"refiner"},
+    "bulk": STACK | ON_THE_STACK | {"refiner", "threads"},
     "web": STACK | {"data", "refiner", "canvas", "visualize", "attention"},
     # It traces the network's modules, and repeats around the graphs what the pipeline does around the network.
     "export": STACK | {"data", "pipeline", "refiner"},
-    "commands": STACK | ON_THE_STACK | {"refiner", "visualize", "bulk", "export", "web"},
+    "commands": STACK | ON_THE_STACK | {"refiner", "threads", "visualize", "bulk", "export", "web"},
     "cli": STACK | ON_THE_STACK | {"refiner", "visualize", "bulk", "export", "commands"},
 }
 """Part of the package: the other parts that it may import."""

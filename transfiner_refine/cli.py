@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -26,24 +27,8 @@ from transfiner_refine.commands.coco import coco
 from transfiner_refine.commands.convert import convert
 from transfiner_refine.commands.evaluate import evaluate
 from transfiner_refine.commands.export import export
-from transfiner_refine.commands.options import (
-    DEFAULTS,
-    AgainIfIouBelow,
-    AlignPixels,
-    BoxMargin,
-    Depth,
-    Device,
-    Encode,
-    IncoherenceThreshold,
-    KeepIfGainBelow,
-    KeepIfIouBelow,
-    MaskThreshold,
-    MaxNodes,
-    Model,
-    Passes,
-    TokenBudget,
-)
-from transfiner_refine.commands.photo import ASSETS, OUTLINES, decode_results_of, demo_results
+from transfiner_refine.commands.options import Device, Model, with_refine_options
+from transfiner_refine.commands.photo import decode_results_of
 from transfiner_refine.commands.serve import serve
 from transfiner_refine.commands.train import train
 from transfiner_refine.config import RefineOptions
@@ -59,6 +44,7 @@ from transfiner_refine.data.coco import (
     write_atomic,
     write_json_atomic,
 )
+from transfiner_refine.data.demo import ASSETS, DEMO_PHOTO, OUTLINES, demo_results
 from transfiner_refine.data.mask_image import read_mask
 from transfiner_refine.errors import InvalidInputError, TransfinerError
 from transfiner_refine.evaluation.boundary import boundary_iou, mask_iou
@@ -97,7 +83,8 @@ def demo(
     check_output(output / REFINED)
     refiner = load_refiner(model, device)
     table = Table("photo", "IoU", "boundary IoU", title="coarse -> refined, against hand-drawn outlines")
-    results, names = demo_results(every)
+    results, names = demo_results()
+    results = [entry for entry in results if every or names[entry["image_id"]] == DEMO_PHOTO]
     outlines = load_annotations(OUTLINES)
     outlined = group_by_image(outlines)
     refined_results = list(results)
@@ -116,6 +103,7 @@ def demo(
 
 
 @app.command(context_settings={"allow_extra_args": True})
+@with_refine_options
 def image(
     context: typer.Context,
     photo: Annotated[Path, typer.Argument(help="Image file.")],
@@ -126,18 +114,8 @@ def image(
     ] = None,
     model: Model = None,
     device: Device = None,
-    depth: Depth = None,
-    passes: Passes = None,
-    again_if_iou_below: AgainIfIouBelow = DEFAULTS.again_if_iou_below,
-    incoherence_threshold: IncoherenceThreshold = DEFAULTS.incoherence_threshold,
-    mask_threshold: MaskThreshold = DEFAULTS.mask_threshold,
-    token_budget: TokenBudget = DEFAULTS.token_budget,
-    max_nodes: MaxNodes = None,
-    box_margin: BoxMargin = None,
-    keep_if_iou_below: KeepIfIouBelow = DEFAULTS.keep_if_iou_below,
-    keep_if_gain_below: KeepIfGainBelow = DEFAULTS.keep_if_gain_below,
-    align_pixels: AlignPixels = DEFAULTS.align_pixels,
-    encode: Encode = DEFAULTS.encode,
+    *,
+    options: RefineOptions,
 ) -> None:
     """Refine the masks of one photo, and draw them."""
     # Options take one value each; what follows the first mask arrives as further arguments.
@@ -145,21 +123,7 @@ def image(
     if (predictions is None) == (not mask_files):
         found = "neither" if predictions is None else f"both, with the masks {', '.join(map(str, mask_files))}"
         raise InvalidInputError(f"expected either --predictions or --masks, got {found}")
-    options = RefineOptions(
-        depth=depth,
-        passes=passes,
-        again_if_iou_below=again_if_iou_below,
-        incoherence_threshold=incoherence_threshold,
-        mask_threshold=mask_threshold,
-        token_budget=token_budget,
-        max_nodes=max_nodes,
-        box_margin=box_margin,
-        keep_if_iou_below=keep_if_iou_below,
-        keep_if_gain_below=keep_if_gain_below,
-        align_pixels=align_pixels,
-        encode=encode,
-        return_quadtree=True,
-    )
+    options = replace(options, return_quadtree=True)
     written = {f"the output {name}": output / name for name in (REFINED, *map(_mask_name, range(len(mask_files))))}
     check_apart(written, {f"the mask {path.name}": path for path in mask_files} | {"--predictions": predictions})
     pixels = as_image(photo)

@@ -22,6 +22,9 @@ from transfiner_refine.config import ROOT_SIDE
 from transfiner_refine.errors import InvalidInputError
 from transfiner_refine.functional import rle
 
+PILLOW_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What Pillow raises for files that it cannot read; its decoders have errors of their own for some kinds of damage."""
+
 
 @dataclass(frozen=True, eq=False)
 class CoarseMasks:
@@ -238,8 +241,7 @@ def _read_rgb(path: Path) -> np.ndarray:
             image.load()
     except FileNotFoundError:
         raise InvalidInputError(f"expected an image file, got {path}, which does not exist: check the path") from None
-    # Pillow's decoders raise SyntaxError and ValueError for some kinds of damage.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except PILLOW_ERRORS as error:
         raise InvalidInputError(f"expected an image file that Pillow can read, got {path}: {error}") from error
     return _pil_to_rgb(image)
 

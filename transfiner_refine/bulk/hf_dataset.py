@@ -18,7 +18,7 @@ from transfiner_refine.data.coco import join_instances
 from transfiner_refine.data.mask_image import read_mask
 from transfiner_refine.errors import InvalidInputError, MissingDependencyError
 from transfiner_refine.functional import rle
-from transfiner_refine.inputs import as_image
+from transfiner_refine.inputs import PILLOW_ERRORS, as_image
 from transfiner_refine.types import Instances
 
 SAVED, SPLITS = "dataset_info.json", "dataset_dict.json"
@@ -250,7 +250,7 @@ def _picture(value: dict[str, Any] | None) -> Image.Image:
     try:
         with Image.open(io.BytesIO(_bytes(value or {"bytes": b""}))) as image:
             image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except PILLOW_ERRORS as error:
         raise InvalidInputError(f"expected an image that Pillow can read, got: {error}") from error
     return image
 

@@ -15,20 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from transfiner_refine.bulk.work import load_refiner
-from transfiner_refine.commands.options import (
-    DEFAULTS,
-    AlignPixels,
-    Depth,
-    Device,
-    Encode,
-    Model,
-    Passes,
-    TokenBudget,
-    progress_bar,
-)
-from transfiner_refine.commands.photo import ASSETS, DEMO_PHOTO, decode_results_of, demo_results
+from transfiner_refine.commands.options import Device, Model, progress_bar, with_refine_options
+from transfiner_refine.commands.photo import decode_results_of
 from transfiner_refine.config import RefineOptions
 from transfiner_refine.data.coco import check_apart, check_output, decode_instances, write_json_atomic
+from transfiner_refine.data.demo import ASSETS, DEMO_PHOTO, demo_results
 from transfiner_refine.errors import InvalidInputError
 from transfiner_refine.inputs import as_image
 from transfiner_refine.threads import torch_threads
@@ -38,6 +29,7 @@ COUNTS = (1, 10, 100)
 LEAST_CALLS = 3
 
 
+@with_refine_options
 def benchmark(
     photo: Annotated[Path | None, typer.Option(help="Image file.", show_default="a bundled one")] = None,
     predictions: Annotated[
@@ -50,12 +42,9 @@ def benchmark(
     threads: Annotated[int | None, typer.Option(min=1, help="Cores.", show_default="torch's")] = None,
     model: Model = None,
     device: Device = None,
-    depth: Depth = None,
-    passes: Passes = None,
-    token_budget: TokenBudget = DEFAULTS.token_budget,
-    align_pixels: AlignPixels = DEFAULTS.align_pixels,
-    encode: Encode = DEFAULTS.encode,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures here, too.")] = None,
+    *,
+    options: RefineOptions,
 ) -> None:
     """Time refinement on this machine, image encoder included; masks repeat where a call takes more than there are."""
     if (photo is None) != (predictions is None):
@@ -64,15 +53,13 @@ def benchmark(
     if json_path is not None:
         check_apart({"--json": json_path}, {"--photo": photo, "--predictions": predictions})
         check_output(json_path)
-    options = RefineOptions(
-        depth=depth, passes=passes, token_budget=token_budget, align_pixels=align_pixels, encode=encode
-    )
     pixels = as_image(photo or ASSETS / DEMO_PHOTO)
     if photo is not None and predictions is not None:
         _, coarse = decode_results_of(photo, predictions, pixels)
     else:
-        results, _ = demo_results(every=False)
-        coarse = decode_instances(results, range(len(results)), (pixels.shape[1], pixels.shape[2]))
+        results, names = demo_results()
+        positions = [i for i, entry in enumerate(results) if names[entry["image_id"]] == DEMO_PHOTO]
+        coarse = decode_instances(results, positions, (pixels.shape[1], pixels.shape[2]))
     if not len(coarse):
         raise InvalidInputError(f"expected masks to refine in {predictions}, got none: detect with a lower score")
     refiner = load_refiner(model, device)

@@ -15,29 +15,13 @@ from transfiner_refine.bulk.job import SHARD_IMAGES, Summary, run, skipped_path
 from transfiner_refine.bulk.mask_folder import MaskFolder
 from transfiner_refine.bulk.source import Source
 from transfiner_refine.bulk.work import Work
-from transfiner_refine.commands.options import (
-    DEFAULTS,
-    AgainIfIouBelow,
-    AlignPixels,
-    BoxMargin,
-    Depth,
-    Device,
-    Encode,
-    IncoherenceThreshold,
-    KeepIfGainBelow,
-    KeepIfIouBelow,
-    MaskThreshold,
-    MaxNodes,
-    Model,
-    Passes,
-    TokenBudget,
-    progress_bar,
-)
+from transfiner_refine.commands.options import Device, Model, progress_bar, with_refine_options
 from transfiner_refine.config import RefineOptions
 from transfiner_refine.data.coco import check_apart, check_output, write_json_atomic
 from transfiner_refine.errors import InvalidInputError
 
 
+@with_refine_options
 def coco(
     predictions: Annotated[
         Path, typer.Option(help="What to refine: COCO or LVIS results, a folder of mask PNGs, or a datasets folder.")
@@ -54,18 +38,6 @@ def coco(
     ] = None,
     model: Model = None,
     device: Device = None,
-    depth: Depth = None,
-    passes: Passes = None,
-    again_if_iou_below: AgainIfIouBelow = DEFAULTS.again_if_iou_below,
-    incoherence_threshold: IncoherenceThreshold = DEFAULTS.incoherence_threshold,
-    mask_threshold: MaskThreshold = DEFAULTS.mask_threshold,
-    token_budget: TokenBudget = DEFAULTS.token_budget,
-    max_nodes: MaxNodes = None,
-    box_margin: BoxMargin = None,
-    keep_if_iou_below: KeepIfIouBelow = DEFAULTS.keep_if_iou_below,
-    keep_if_gain_below: KeepIfGainBelow = DEFAULTS.keep_if_gain_below,
-    align_pixels: AlignPixels = DEFAULTS.align_pixels,
-    encode: Encode = DEFAULTS.encode,
     strict: Annotated[
         bool, typer.Option("--strict", help="End with the first image that cannot be refined, instead of listing it.")
     ] = False,
@@ -88,26 +60,14 @@ def coco(
     shard_images: Annotated[
         int, typer.Option(min=1, help="Images that are kept together: what a killed job may lose.")
     ] = SHARD_IMAGES,
+    *,
+    options: RefineOptions,
 ) -> None:
     """Refine every mask of a COCO results file, or of another data set; all else in it stays as it is.
 
     A job that was interrupted goes on where it was when it is started again. Images that are missing or damaged stay
     coarse, and are listed in OUTPUT.skipped.json.
     """
-    options = RefineOptions(
-        depth=depth,
-        passes=passes,
-        again_if_iou_below=again_if_iou_below,
-        incoherence_threshold=incoherence_threshold,
-        mask_threshold=mask_threshold,
-        token_budget=token_budget,
-        max_nodes=max_nodes,
-        box_margin=box_margin,
-        keep_if_iou_below=keep_if_iou_below,
-        keep_if_gain_below=keep_if_gain_below,
-        align_pixels=align_pixels,
-        encode=encode,
-    )
     if engine == "local" and (address is not None or workers is not None):
         raise InvalidInputError("expected --address and --workers with --engine ray, got them without: add it")
     if summary is not None:

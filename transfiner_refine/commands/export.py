@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from transfiner_refine.commands.options import DEFAULTS, Depth, Model
+from transfiner_refine.commands.options import Depth, Model
 from transfiner_refine.config import RefineOptions
 
 
@@ -24,7 +24,7 @@ def export(
     depth: Depth = None,
     incoherence_threshold: Annotated[
         float, typer.Option(help="Probability above which a cell is an incoherent node.")
-    ] = DEFAULTS.incoherence_threshold,
+    ] = RefineOptions().incoherence_threshold,
     opset: Annotated[
         int | None, typer.Option(help="Version of ONNX's operators.", show_default="the one that is fastest")
     ] = None,

@@ -1,4 +1,4 @@
-"""What commands on a single photo have in common: its masks from a COCO results file, and the bundled photos."""
+"""What commands on a single photo have in common: its masks from a COCO results file."""
 
 from __future__ import annotations
 
@@ -6,26 +6,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from transfiner_refine.data.coco import (
-    ImageId,
-    Result,
-    decode_instances,
-    group_by_image,
-    load_image_index,
-    load_results,
-)
+from transfiner_refine.data.coco import Result, decode_instances, group_by_image, load_results
 from transfiner_refine.errors import InvalidInputError
 from transfiner_refine.types import Instances
-
-ASSETS = Path(__file__).parents[1] / "assets" / "demo"
-DEMO_PHOTO = "coffee.jpg"
-OUTLINES = ASSETS / "outlines.json"
-
-
-def demo_results(every: bool) -> tuple[list[Result], dict[ImageId, str]]:
-    """Read a detector's results of the bundled photos, or of the first alone, and the photos' names by image id."""
-    results, names = load_results(ASSETS / "detections.json"), load_image_index(OUTLINES)
-    return [entry for entry in results if every or names[entry["image_id"]] == DEMO_PHOTO], names
 
 
 def decode_results_of(photo: Path, predictions: Path, pixels: Tensor) -> tuple[list[Result], Instances]:

@@ -25,6 +25,7 @@ from transfiner_refine.data.coco import (
 from transfiner_refine.data.object_cache import decode_soft, errors_in
 from transfiner_refine.errors import InvalidInputError
 from transfiner_refine.functional import rle
+from transfiner_refine.inputs import PILLOW_ERRORS
 
 MIN_AREA = 24 * 24
 """Pixels of the smallest object that is worth training on: finer than that, its outline is the annotator's guess."""
@@ -190,7 +191,7 @@ def _size_of(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as photo:
             return photo.height, photo.width
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except PILLOW_ERRORS as error:
         raise InvalidInputError(f"expected a readable image, got {path}: restore the file or drop its entry") from error
 
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from transfiner_refine.errors import InvalidInputError
+from transfiner_refine.inputs import PILLOW_ERRORS
 
 DARK, BRIGHT = 64, 128
 """Below the one a colour passes for black beside a colour from the other on."""
@@ -40,7 +41,7 @@ def read_mask(
         with Image.open(path) as image:
             values, mode = np.array(image), image.mode
             palette = np.array(image.convert("RGB")) if mode == "P" else None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except PILLOW_ERRORS as error:
         raise InvalidInputError(f"expected a mask image, got {name}: {error}") from error
     if values.shape[:2] != size:
         raise InvalidInputError(
@@ -70,6 +71,8 @@ def _objects_colour(colours: NDArray[np.uint8], name: str) -> NDArray[np.bool_]:
     Which of the two has the number 0 is up to the program that wrote it.
     """
     bright = colours.max(axis=2)
+    if bright.min() >= BRIGHT and bright.min() == bright.max():
+        return np.ones_like(bright, bool)
     if (levels := np.unique(bright))[0] and not (len(levels) == 2 and levels[0] < DARK and levels[1] >= BRIGHT):
         raise InvalidInputError(
             f"expected the object of {name} on black, got the colours "

@@ -6,9 +6,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from transfiner_refine.data.coco import group_by_image, load_image_index, load_results, write_json_atomic
+from transfiner_refine.data.coco import group_by_image, write_json_atomic
+from transfiner_refine.data.demo import ASSETS, demo_results
 
-ASSETS = Path(__file__).parent.parent / "assets" / "demo"
 TITLES = {"coffee.jpg": "Cup", "astronaut.jpg": "Astronaut", "chelsea.jpg": "Cat"}
 
 
@@ -27,8 +27,7 @@ def write_examples(folder: Path) -> list[Example]:
     Args:
         folder: An existing folder.
     """
-    results = load_results(ASSETS / "detections.json")
-    names = load_image_index(ASSETS / "outlines.json")
+    results, names = demo_results()
     made = {}
     for image_id, positions in group_by_image(results).items():
         photo = folder / names[image_id]

@@ -13,12 +13,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from transfiner_refine.canvas import Picture
 from transfiner_refine.data.coco import Result, decode_masks, load_results
 from transfiner_refine.data.mask_image import read_mask
 from transfiner_refine.errors import InvalidInputError
+from transfiner_refine.inputs import PILLOW_ERRORS
 
 MAX_BYTES = 20_000_000
 """Of one uploaded file."""
@@ -67,7 +68,7 @@ def read_photo(path: str | Path) -> Picture:
     try:
         with Image.open(path, formats=FORMATS) as image:
             return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except PILLOW_ERRORS as error:
         raise InvalidInputError(f"{Path(path).name} is damaged and cannot be read as a photo: {error}.") from error
 
 
@@ -197,10 +198,10 @@ def _check_file(path: str | Path) -> None:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # told below, with the limit
             with Image.open(path, formats=FORMATS) as image:
                 width, height = image.size
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise InvalidInputError(f"{name} is not an image: give a file of {', '.join(FORMATS)}.") from error
     except Image.DecompressionBombError as error:
         raise InvalidInputError(f"{name} has too many pixels: at most {MAX_PIXELS // 10**6} million.") from error
+    except PILLOW_ERRORS as error:
+        raise InvalidInputError(f"{name} is not an image: give a file of {', '.join(FORMATS)}.") from error
     if width * height > MAX_PIXELS:
         raise InvalidInputError(
             f"{name} has {width} × {height} pixels, which is more than {MAX_PIXELS // 10**6} million: make it smaller."
