@@ -197,6 +197,14 @@ class TestDamage:
             ("decoder", "both"),
             ("box_margin", -1),
             ("box_margin", float("nan")),
+            ("box_margin", "0.1"),
+            ("tree_keys", "false"),
+            ("propagate", 0),
+            ("passes", True),
+            ("canonical_level", 4.0),
+            ("feature_source", None),
+            ("backbone", 0),
+            ("feature_fingerprint", 7),
         ],
     )
     def test_impossible_values(self, copy: Path, field: str, value: Any):

@@ -295,8 +295,29 @@ class TestErrors:
             {"incoherence_threshold": float("nan")},
             {"keep_if_iou_below": 1.1},
             {"encode": "tiles"},
+            {"depth": True},
+            {"passes": 1.5},
+            {"token_budget": "16384"},
+            {"max_nodes": 2.0},
+            {"box_margin": "0.1"},
+            {"mask_threshold": "0.5"},
+            {"incoherence_threshold": None},
+            {"keep_if_iou_below": False},
+            {"keep_if_gain_below": float("nan")},
+            {"align_pixels": "no"},
+            {"return_quadtree": 1},
         ],
     )
     def test_options_out_of_range(self, values: dict):
         with pytest.raises(InvalidInputError, match=next(iter(values))):
             RefineOptions(**values)
+
+    def test_options_of_numpy(self):
+        values: dict[str, Any] = {
+            "depth": np.int64(2),
+            "mask_threshold": np.float32(0.5),
+            "align_pixels": np.bool_(False),
+        }
+        options = RefineOptions(**values)
+        assert options == RefineOptions(depth=2, mask_threshold=0.5, align_pixels=False)
+        assert [type(getattr(options, name)) for name in values] == [int, float, bool]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import numpy as np
 
 from transfiner_refine.errors import InvalidInputError
 
@@ -23,6 +26,9 @@ MAX_BOX_MARGIN = 1.0
 """Widest margin of a call: the RoI is three times as wide as its box."""
 
 CUES = ("fine", "coarse", "context", "position", "guidance")
+
+SWITCHES = ("level_embedding", "lower_level_guidance", "joint_levels", "tree_keys", "propagate", "predicts_gain")
+"""Fields of :class:`TransfinerConfig` that are true or false."""
 
 
 @dataclass(frozen=True)
@@ -102,15 +108,32 @@ class TransfinerConfig:
             )
         for name in ("feature_channels", "channels", "layers", "heads", "ffn_channels"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not _is_whole(value, 1):
                 raise InvalidInputError(f"expected {name} as an integer of at least 1, got {value!r}")
-        if not isinstance(self.depth, int) or not 0 <= self.depth <= MAX_DEPTH:
+        for name in (
+            "level_embedding",
+            "lower_level_guidance",
+            "joint_levels",
+            "tree_keys",
+            "propagate",
+            "predicts_gain",
+        ):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidInputError(f"expected {name} as true or false, got {getattr(self, name)!r}")
+        for name in ("feature_source", "backbone"):
+            if not isinstance(getattr(self, name), str):
+                raise InvalidInputError(f"expected {name} as a name, got {getattr(self, name)!r}")
+        if not isinstance(self.feature_fingerprint, str | None):
+            raise InvalidInputError(f"expected feature_fingerprint as text or null, got {self.feature_fingerprint!r}")
+        if not _is_whole(self.canonical_level, 0):
+            raise InvalidInputError(f"expected canonical_level of at least 0, got {self.canonical_level!r}")
+        if not _is_whole(self.depth, 0, MAX_DEPTH):
             raise InvalidInputError(f"expected depth 0 to {MAX_DEPTH}, got {self.depth!r}")
-        if len(self.pixel_widths) > 5 or not all(isinstance(width, int) and width > 0 for width in self.pixel_widths):
+        if len(self.pixel_widths) > 5 or not all(_is_whole(width, 1) for width in self.pixel_widths):
             raise InvalidInputError(f"expected at most five pixel_widths, integers above 0, got {self.pixel_widths}")
-        if not isinstance(self.context_scales, int) or not 0 <= self.context_scales <= 2:
+        if not _is_whole(self.context_scales, 0, 2):
             raise InvalidInputError(f"expected context_scales 0 to 2, got {self.context_scales!r}")
-        if not all(isinstance(stride, int) and stride > 0 for stride in self.strides):
+        if not all(_is_whole(stride, 1) for stride in self.strides):
             raise InvalidInputError(f"expected strides as integers above 0, got {self.strides}")
         if not self.strides or any(b != 2 * a for a, b in zip(self.strides, self.strides[1:], strict=False)):
             raise InvalidInputError(f"expected strides that double from map to map, got {self.strides}")
@@ -127,8 +150,8 @@ class TransfinerConfig:
                 f"expected channels divisible by heads and by 4, got {self.channels} channels and {self.heads} heads"
             )
         _check_passes(self.passes)
-        if not self.box_margin >= 0:
-            raise InvalidInputError(f"expected box_margin of at least 0, got {self.box_margin}")
+        if not _is_number(self.box_margin, 0):
+            raise InvalidInputError(f"expected box_margin of at least 0, got {self.box_margin!r}")
 
 
 @dataclass(frozen=True)
@@ -182,30 +205,45 @@ class RefineOptions:
     return_quadtree: bool = False
 
     def __post_init__(self) -> None:
-        if self.depth not in (None, "auto") and not (isinstance(self.depth, int) and 0 <= self.depth <= MAX_DEPTH):
+        for field in fields(self):
+            if isinstance(value := getattr(self, field.name), np.generic):
+                object.__setattr__(self, field.name, value.item())
+        if self.depth not in (None, "auto") and not _is_whole(self.depth, 0, MAX_DEPTH):
             raise InvalidInputError(f'expected depth 0 to {MAX_DEPTH}, "auto" or None, got {self.depth!r}')
         if self.passes is not None:
             _check_passes(self.passes)
-        if self.token_budget < 1:
-            raise InvalidInputError(f"expected token_budget of at least 1, got {self.token_budget}")
-        if self.max_nodes is not None and self.max_nodes < 1:
-            raise InvalidInputError(f"expected max_nodes of at least 1 or None, got {self.max_nodes}")
-        if self.box_margin is not None and not 0 <= self.box_margin <= MAX_BOX_MARGIN:
-            raise InvalidInputError(f"expected box_margin from 0 to {MAX_BOX_MARGIN:g} or None, got {self.box_margin}")
-        if not self.incoherence_threshold >= 0:
-            raise InvalidInputError(f"expected incoherence_threshold of at least 0, got {self.incoherence_threshold}")
-        if not 0 < self.mask_threshold < 1:
-            raise InvalidInputError(f"expected mask_threshold between 0 and 1, got {self.mask_threshold}")
-        if not 0 <= self.keep_if_iou_below <= 1:
-            raise InvalidInputError(f"expected keep_if_iou_below from 0 to 1, got {self.keep_if_iou_below}")
-        if not -1 <= self.keep_if_gain_below <= 1:
-            raise InvalidInputError(f"expected keep_if_gain_below from -1 to 1, got {self.keep_if_gain_below}")
-        if not 0 <= self.again_if_iou_below <= 1:
-            raise InvalidInputError(f"expected again_if_iou_below from 0 to 1, got {self.again_if_iou_below}")
+        if not _is_whole(self.token_budget, 1):
+            raise InvalidInputError(f"expected token_budget of at least 1, got {self.token_budget!r}")
+        if self.max_nodes is not None and not _is_whole(self.max_nodes, 1):
+            raise InvalidInputError(f"expected max_nodes of at least 1 or None, got {self.max_nodes!r}")
+        if self.box_margin is not None and not _is_number(self.box_margin, 0, MAX_BOX_MARGIN):
+            raise InvalidInputError(
+                f"expected box_margin from 0 to {MAX_BOX_MARGIN:g} or None, got {self.box_margin!r}"
+            )
+        if not _is_number(self.incoherence_threshold, 0):
+            raise InvalidInputError(f"expected incoherence_threshold of at least 0, got {self.incoherence_threshold!r}")
+        if not _is_number(self.mask_threshold, 0, 1) or self.mask_threshold in (0, 1):
+            raise InvalidInputError(f"expected mask_threshold between 0 and 1, got {self.mask_threshold!r}")
+        for name, low in (("keep_if_iou_below", 0), ("keep_if_gain_below", -1), ("again_if_iou_below", 0)):
+            if not _is_number(getattr(self, name), low, 1):
+                raise InvalidInputError(f"expected {name} from {low} to 1, got {getattr(self, name)!r}")
+        for name in ("align_pixels", "return_quadtree"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidInputError(f"expected {name} as True or False, got {getattr(self, name)!r}")
         if self.encode not in ("auto", "image", "crops"):
             raise InvalidInputError(f'expected encode "auto", "image" or "crops", got {self.encode!r}')
 
 
-def _check_passes(passes: int) -> None:
-    if not isinstance(passes, int) or not 1 <= passes <= MAX_PASSES:
+def _check_passes(passes: Any) -> None:
+    if not _is_whole(passes, 1, MAX_PASSES):
         raise InvalidInputError(f"expected passes from 1 to {MAX_PASSES}, got {passes!r}")
+
+
+def _is_whole(value: Any, low: int, high: float = math.inf) -> bool:
+    """Whether a value is an integer within bounds; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _is_number(value: Any, low: float, high: float = math.inf) -> bool:
+    """Whether a value is a number within bounds; NaN is within none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high

@@ -146,11 +146,13 @@ def build(handlers: Handlers) -> gr.Blocks:
         gallery.select(handlers.take_example, None, [photo, source, files], **quick)
         arrange: dict[str, Any] = dict(fn=handlers.arrange, inputs=[photo, source], **quick)
         arrange["outputs"] = [drawing, boxing, uploading]
-        show: dict[str, Any] = dict(fn=handlers.preview, inputs=given, outputs=preview, **quick)
+        # What comes while an event is at work is not lost: its last one follows.
+        last_counts: dict[str, Any] = quick | {"trigger_mode": "always_last"}
+        show: dict[str, Any] = dict(fn=handlers.preview, inputs=given, outputs=preview, **last_counts)
         photo.change(handlers.take_photo, photo, [photo, board, *box], **quick).then(**arrange).then(**show)
         source.change(**arrange).then(**show)
         gr.on([files.change, *(side.input for side in box)], **show)
-        preview.select(handlers.take_corner, [photo, source, *box[:3]], box, **quick).then(**show)
+        preview.select(handlers.take_corner, [photo, source, *box[:3]], box, **last_counts).then(**show)
         button.click(
             handlers.refine,
             [*given, board, levels, threshold, accept_all],
