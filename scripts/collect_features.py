@@ -39,21 +39,18 @@ class MobileSAM:
 
     def __init__(self, folder: Path):
         # Positions are relative to windows, so that the same weights serve photos of another size.
-        self.encoder = (
-            teacher.code(folder)
-            .modeling.TinyViT(
-                img_size=SIDE,
-                num_classes=1000,
-                embed_dims=[64, 128, 160, 320],
-                depths=[2, 2, 6, 2],
-                num_heads=[2, 4, 5, 10],
-                window_sizes=[7, 7, 14, 7],
-            )
-            .eval()
+        self.encoder = teacher.code(folder).modeling.TinyViT(
+            img_size=SIDE,
+            num_classes=1000,
+            embed_dims=[64, 128, 160, 320],
+            depths=[2, 2, 6, 2],
+            num_heads=[2, 4, 5, 10],
+            window_sizes=[7, 7, 14, 7],
         )
         prefix = "image_encoder."
         own = {k.removeprefix(prefix): v for k, v in teacher.weights(folder).items() if k.startswith(prefix)}
         self.encoder.load_state_dict(own)
+        self.encoder.eval()  # not before: it is here that the biases of attention are laid out
         self.mean = torch.tensor([123.675, 116.28, 103.53])[:, None, None]
         self.std = torch.tensor([58.395, 57.12, 57.375])[:, None, None]
 

@@ -37,8 +37,9 @@ class TransfinerConfig:
 
     Attributes:
         feature_source: What made the features: ``"image_encoder"`` or the name of an adapter.
-        backbone: Backbone of the image encoder, ``"efficientnet_lite0"`` or ``"efficientnet_lite2"``; without effect on
-            a detector's features.
+        backbone: Backbone of the image encoder: ``"efficientnet_lite0"``, ``"efficientnet_lite2"``, or ``"tiny_vit"``,
+            which costs several times more and knows objects of many more kinds; without effect on a detector's
+            features.
         feature_channels: Channels of every map of the feature pyramid.
         strides: Strides of the pyramid's maps in pixels, finest first, each twice the one before.
         canonical_level: Level of a RoI of 224 pixels (paper, RoI pyramid); a map of stride ``s`` is level ``log2(s)``.

@@ -128,6 +128,7 @@ class EfficientNetLite(nn.Module):
 
     Args:
         variant: One of ``VARIANTS``.
+        stages: How many of the five stages there are.
 
     Attributes:
         channels: Channels of each map.
@@ -141,9 +142,9 @@ class EfficientNetLite(nn.Module):
 
     strides: ClassVar[tuple[int, ...]] = (2, 4, 8, 16, 32)
 
-    def __init__(self, variant: str = "efficientnet_lite0") -> None:
+    def __init__(self, variant: str = "efficientnet_lite0", stages: int = 5) -> None:
         super().__init__()
-        rows = _stages(variant)
+        rows = _stages(variant)[:stages]
         self.channels = tuple(groups[-1].channels for groups in rows)
         self.stages = nn.ModuleList()
         in_channels = _STEM_CHANNELS

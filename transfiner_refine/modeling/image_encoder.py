@@ -1,15 +1,74 @@
-"""The image encoder: EfficientNet-Lite and a light FPN, so that any image can be refined without a detector."""
+"""The image encoder: a backbone and a light FPN, so that any image can be refined without a detector."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transfiner_refine.modeling.efficientnet_lite import EfficientNetLite
+from transfiner_refine.errors import InvalidInputError
+from transfiner_refine.modeling.efficientnet_lite import VARIANTS, EfficientNetLite
+from transfiner_refine.modeling.tiny_vit import TinyViT
 from transfiner_refine.types import FeaturePyramid
 
+TINY_VIT = "tiny_vit"
+BACKBONES = (*VARIANTS, TINY_VIT)
+
 ACTIVATION_DEVIATION = (10.0, 11.0, 7.0, 4.0, 1.7)
-"""Rough standard deviation of the ImageNet backbones' maps on photos, which the laterals expect scaled to one."""
+"""Rough standard deviation of EfficientNet-Lite's maps on photos, which the laterals expect scaled to one."""
+
+TINY_VIT_DEVIATION = (1.0, 1.0, 2.3)
+"""The same of TinyViT's maps."""
+
+ENLARGED = 7, 4
+"""Crops of 256 pixels are 448 wide for TinyViT, whose windows then fit without padding."""
+
+FINE_STAGES = 3
+"""Stages of EfficientNet-Lite that go along with TinyViT: strides 2 to 8."""
+
+
+class TinyViTBackbone(nn.Module):
+    """TinyViT on the enlarged image for what belongs together, and EfficientNet-Lite0's first stages for edges.
+
+    Attributes:
+        channels: Channels of each map.
+        deviation: Rough standard deviation of each map on photos.
+    """
+
+    strides: ClassVar[tuple[int, ...]] = EfficientNetLite.strides
+    deviation: ClassVar[tuple[float, ...]] = (1.0,) * 5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine = EfficientNetLite("efficientnet_lite0", FINE_STAGES)
+        self.tiny_vit = TinyViT()
+        wide, narrow = self.tiny_vit.channels[-1], self.fine.channels
+        eighth, *coarse = self.tiny_vit.channels
+        self.channels = (narrow[0], narrow[1] + eighth, narrow[2] + sum(coarse), wide, wide)
+        self._is_frozen = False
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Five maps, as :meth:`EfficientNetLite.forward` gives."""
+        maps = [x / d for x, d in zip(self.fine(images), ACTIVATION_DEVIATION, strict=False)]
+        grown, by = ENLARGED
+        size = [(grown * side + by // 2) // by for side in images.shape[2:]]
+        enlarged = F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._is_frozen):
+            found = [x / d for x, d in zip(self.tiny_vit(enlarged), TINY_VIT_DEVIATION, strict=True)]
+        placed = [
+            F.interpolate(x, size=maps[index].shape[2:], mode="bilinear", align_corners=False)
+            for x, index in zip(found, (1, 2, 2), strict=True)
+        ]
+        half = F.avg_pool2d(placed[2], 2, ceil_mode=True, count_include_pad=False)
+        quarter = F.avg_pool2d(half, 2, ceil_mode=True, count_include_pad=False)
+        return [maps[0], torch.cat([maps[1], placed[0]], 1), torch.cat([maps[2], *placed[1:]], 1), half, quarter]
+
+    def freeze(self, stages: int) -> None:
+        """As :meth:`EfficientNetLite.freeze`; TinyViT goes with the first stage."""
+        self.fine.freeze(min(stages, FINE_STAGES))
+        self._is_frozen = stages > 0
+        self.tiny_vit.requires_grad_(not self._is_frozen)
 
 
 class ImageEncoder(nn.Module):
@@ -17,7 +76,10 @@ class ImageEncoder(nn.Module):
 
     Args:
         channels: Width of every output map.
-        backbone: One of :data:`~transfiner_refine.modeling.efficientnet_lite.VARIANTS`.
+        backbone: One of ``BACKBONES``.
+
+    Raises:
+        InvalidInputError: If there is no such backbone.
 
     Note:
         Each map above stride 2 is smoothed by a 3×3 convolution. At stride 2 that convolution alone would cost four
@@ -27,8 +89,11 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, channels: int, backbone: str = "efficientnet_lite0"):
         super().__init__()
-        self.backbone = EfficientNetLite(backbone)
-        self.scale = tuple(1 / deviation for deviation in ACTIVATION_DEVIATION)
+        if backbone not in BACKBONES:
+            raise InvalidInputError(f"expected a backbone among {BACKBONES}, got {backbone!r}")
+        self.backbone = TinyViTBackbone() if backbone == TINY_VIT else EfficientNetLite(backbone)
+        deviations = ACTIVATION_DEVIATION if isinstance(self.backbone, EfficientNetLite) else self.backbone.deviation
+        self.scale = tuple(1 / deviation for deviation in deviations)
         self.lateral = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in self.backbone.channels)
         self.smooth = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in self.backbone.channels[1:])
 
