@@ -29,8 +29,7 @@ from train_embedded import training_sources  # pyright: ignore[reportMissingImpo
 
 from transfiner_refine import Refiner
 from transfiner_refine.data.crops import CropDataset
-from transfiner_refine.modeling.efficientnet_lite import VARIANTS
-from transfiner_refine.modeling.image_encoder import FINE_STAGES, ImageEncoder
+from transfiner_refine.modeling.image_encoder import BACKBONES, FINE_STAGES, TINY_VIT, ImageEncoder
 from transfiner_refine.modeling.model import RefinerModel
 from transfiner_refine.modeling.tiny_vit import tiny_vit_from_mobile_sam
 
@@ -60,7 +59,7 @@ def with_tiny_vit(old: RefinerModel, weights: dict[str, Tensor], crops: Tensor) 
         weights: MobileSAM's.
         crops: ``(B, 3, H, W)`` uint8 training crops.
     """
-    new = RefinerModel(replace(old.config, backbone="tiny_vit", predicts_gain=False))
+    new = RefinerModel(replace(old.config, backbone=TINY_VIT, predicts_gain=False))
     before, after = old.state_dict(), new.state_dict()
     for name, value in before.items():
         name = name.replace("image_encoder.backbone.", "image_encoder.backbone.fine.")
@@ -103,17 +102,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--backbone", choices=[*sorted(VARIANTS), "tiny_vit"], required=True)
+    parser.add_argument("--backbone", choices=BACKBONES, required=True)
     parser.add_argument("--mobile-sam", type=Path, help="folder with segment_any/mobile_sam and checkpoints")
     parser.add_argument("--cache", type=Path, help="cut-outs of the training photos")
     parser.add_argument("--data", type=Path, default=DATA)
     args = parser.parse_args()
     torch.manual_seed(0)
     old = Refiner.from_pretrained(args.model).model
-    if args.backbone != "tiny_vit":
+    if args.backbone != TINY_VIT:
         new = with_imagenet(old, args.backbone)
     elif args.mobile_sam is None or args.cache is None:
-        parser.error("tiny_vit needs --mobile-sam and --cache")
+        parser.error(f"{TINY_VIT} needs --mobile-sam and --cache")
     else:
         dataset = CropDataset(training_sources(args.data), args.cache, real_share=0.8, seed=7)
         chosen = np.linspace(0, len(dataset) - 1, CROPS).round().astype(int).tolist()

@@ -44,7 +44,7 @@ from transfiner_refine.data.coco import (
     write_atomic,
     write_json_atomic,
 )
-from transfiner_refine.data.demo import ASSETS, DEMO_PHOTO, OUTLINES, demo_results
+from transfiner_refine.data.demo import ASSETS, OUTLINES, demo_results
 from transfiner_refine.data.mask_image import read_mask
 from transfiner_refine.errors import InvalidInputError, TransfinerError
 from transfiner_refine.evaluation.boundary import boundary_iou, mask_iou
@@ -83,8 +83,7 @@ def demo(
     check_output(output / REFINED)
     refiner = load_refiner(model, device)
     table = Table("photo", "IoU", "boundary IoU", title="coarse -> refined, against hand-drawn outlines")
-    results, names = demo_results()
-    results = [entry for entry in results if every or names[entry["image_id"]] == DEMO_PHOTO]
+    results, names = demo_results(every)
     outlines = load_annotations(OUTLINES)
     outlined = group_by_image(outlines)
     refined_results = list(results)

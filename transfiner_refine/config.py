@@ -38,8 +38,7 @@ class TransfinerConfig:
     Attributes:
         feature_source: What made the features: ``"image_encoder"`` or the name of an adapter.
         backbone: Backbone of the image encoder: ``"efficientnet_lite0"``, ``"efficientnet_lite2"``, or ``"tiny_vit"``,
-            which costs several times more and knows objects of many more kinds; without effect on a detector's
-            features.
+            which knows objects of more kinds; without effect on a detector's features.
         feature_channels: Channels of every map of the feature pyramid.
         strides: Strides of the pyramid's maps in pixels, finest first, each twice the one before.
         canonical_level: Level of a RoI of 224 pixels (paper, RoI pyramid); a map of stride ``s`` is level ``log2(s)``.
@@ -111,14 +110,7 @@ class TransfinerConfig:
             value = getattr(self, name)
             if not _is_whole(value, 1):
                 raise InvalidInputError(f"expected {name} as an integer of at least 1, got {value!r}")
-        for name in (
-            "level_embedding",
-            "lower_level_guidance",
-            "joint_levels",
-            "tree_keys",
-            "propagate",
-            "predicts_gain",
-        ):
+        for name in SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise InvalidInputError(f"expected {name} as true or false, got {getattr(self, name)!r}")
         for name in ("feature_source", "backbone"):

@@ -57,9 +57,8 @@ def benchmark(
     if photo is not None and predictions is not None:
         _, coarse = decode_results_of(photo, predictions, pixels)
     else:
-        results, names = demo_results()
-        positions = [i for i, entry in enumerate(results) if names[entry["image_id"]] == DEMO_PHOTO]
-        coarse = decode_instances(results, positions, (pixels.shape[1], pixels.shape[2]))
+        results, _ = demo_results(every=False)
+        coarse = decode_instances(results, range(len(results)), (pixels.shape[1], pixels.shape[2]))
     if not len(coarse):
         raise InvalidInputError(f"expected masks to refine in {predictions}, got none: detect with a lower score")
     refiner = load_refiner(model, device)

@@ -11,6 +11,7 @@ DEMO_PHOTO = "coffee.jpg"
 OUTLINES = ASSETS / "outlines.json"
 
 
-def demo_results() -> tuple[list[Result], dict[ImageId, str]]:
-    """Read a detector's results of the bundled photos, and the photos' names by image id."""
-    return load_results(ASSETS / "detections.json"), load_image_index(OUTLINES)
+def demo_results(every: bool = True) -> tuple[list[Result], dict[ImageId, str]]:
+    """Read a detector's results of the bundled photos, or of ``DEMO_PHOTO`` alone, and all names by image id."""
+    results, names = load_results(ASSETS / "detections.json"), load_image_index(OUTLINES)
+    return [entry for entry in results if every or names[entry["image_id"]] == DEMO_PHOTO], names

@@ -40,7 +40,7 @@ class TinyViTBackbone(nn.Module):
     """
 
     strides: ClassVar[tuple[int, ...]] = EfficientNetLite.strides
-    deviation: ClassVar[tuple[float, ...]] = (1.0,) * 5
+    deviation: ClassVar[tuple[float, ...]] = (ACTIVATION_DEVIATION[0], 1.0, 1.0, 1.0, 1.0)
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,8 @@ class TinyViTBackbone(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Five maps, as :meth:`EfficientNetLite.forward` gives."""
-        maps = [x / d for x, d in zip(self.fine(images), ACTIVATION_DEVIATION, strict=False)]
+        finest, *maps = self.fine(images)
+        maps = [x / d for x, d in zip(maps, ACTIVATION_DEVIATION[1:], strict=False)]
         grown, by = RESIZED
         size = [(grown * side + by // 2) // by for side in images.shape[2:]]
         resized = F.interpolate(images, size=size, mode="bilinear", align_corners=False)
@@ -61,11 +62,11 @@ class TinyViTBackbone(nn.Module):
             found = [x / d for x, d in zip(self.tiny_vit(resized), TINY_VIT_DEVIATION, strict=True)]
         placed = [
             F.interpolate(x, size=maps[index].shape[2:], mode="bilinear", align_corners=False)
-            for x, index in zip(found, (1, 2, 2), strict=True)
+            for x, index in zip(found, (0, 1, 1), strict=True)
         ]
         half = F.avg_pool2d(placed[2], 2, ceil_mode=True, count_include_pad=False)
         quarter = F.avg_pool2d(half, 2, ceil_mode=True, count_include_pad=False)
-        return [maps[0], torch.cat([maps[1], placed[0]], 1), torch.cat([maps[2], *placed[1:]], 1), half, quarter]
+        return [finest, torch.cat([maps[0], placed[0]], 1), torch.cat([maps[1], *placed[1:]], 1), half, quarter]
 
     def freeze(self, stages: int) -> None:
         """As :meth:`EfficientNetLite.freeze`; TinyViT goes with the first stage."""
