@@ -105,10 +105,14 @@ def training_mix(
     stamps: Path | None,
     *,
     more: Sequence[CropSource] = (),
+    shares: CompositeShares | None = None,
     make: Callable[..., CropDataset] = CropDataset,
     seed: int = 0,
 ) -> CropDataset:
-    """The training photos with their composites, and ``more`` sources; ``make`` makes the data set of them."""
+    """The training photos with their composites, and ``more`` sources; ``make`` makes the data set of them.
+
+    ``shares`` says how often what is composed, where it is not as usual.
+    """
     ecssd, ccp, coco = training_sources(data)
     return make(
         [ecssd, ecssd, ccp, coco, *more],
@@ -116,7 +120,7 @@ def training_mix(
         side=112,
         box_margin=EMBEDDED.box_margin,
         real_share=real_share,
-        shares=CompositeShares(),
+        shares=shares or CompositeShares(),
         stamps=load_stamps(stamps) if stamps else (),
         seed=seed,
     )

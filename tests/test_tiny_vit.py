@@ -109,18 +109,33 @@ class TestBackbone:
         assert [tuple(x.shape) for x in maps] == [(2, 8, *sides) for sides in expected]
         assert all(x.isfinite().all() for x in maps)
 
+    @pytest.mark.parametrize("width", [256, 192, 184, 240, 100])
     @torch.no_grad()
-    def test_maps_lie_where_the_image_does(self):
+    def test_maps_lie_where_the_image_does(self, width: int):
         """What TinyViT sees of a ramp comes out as a ramp of cell centres at each stride."""
         backbone = TinyViTBackbone()
         backbone.tiny_vit = Means()
-        ramp = torch.arange(256).add(0.5).div(256).expand(1, 3, 256, 256)
+        ramp = torch.arange(width).add(0.5).expand(1, 3, 256, width)
         for number, (found, stride) in enumerate(zip(backbone(ramp)[1:], (4, 8, 16, 32), strict=True)):
-            centres = (torch.arange(256 // stride) + 0.5) * stride / 256
+            if width % stride:
+                continue
+            centres = (torch.arange(width // stride) + 0.5) * stride
             deviation = TINY_VIT_DEVIATION[2 if number else 0]
-            inner = (centres > 10 / 256) & (centres < 246 / 256)  # what is beyond TinyViT's last centre stays as there
-            row = found[0, -1, len(centres) // 2] * deviation
-            assert torch.allclose(row[inner], centres[inner], atol=2 / 256)
+            inner = (centres > 10) & (centres < width - 10)  # what is beyond TinyViT's last centre stays as there
+            row = found[0, -1, 128 // stride] * deviation
+            assert torch.allclose(row[inner], centres[inner], atol=2)
+
+    @pytest.mark.parametrize(
+        ("size", "seen"), [((256, 256), (224, 224)), ((185, 247), (160, 224)), ((5, 40), (16, 32))]
+    )
+    def test_tiny_vit_sees_whole_cells(self, size: tuple[int, int], seen: tuple[int, int]):
+        """Of a part of its coarsest cells, the map would reach beyond the image, and be squeezed into it."""
+        backbone = TinyViTBackbone()
+        backbone.tiny_vit = Means()
+        shapes = []
+        backbone.tiny_vit.register_forward_pre_hook(lambda _, given: shapes.append(given[0].shape[2:]))
+        backbone(torch.rand(1, 3, *size))
+        assert shapes == [seen]
 
     def test_frozen_it_learns_nothing_and_the_laterals_do(self, encoder: ImageEncoder):
         backbone = encoder.backbone

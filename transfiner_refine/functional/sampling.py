@@ -16,10 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from transfiner_refine.errors import InvalidInputError
 from transfiner_refine.functional.quadtree import grid_nodes, node_centres
 from transfiner_refine.types import FeaturePyramid
 
 CANONICAL_SIDE = 224
+
+OBJECT_STRIDE = 4
+"""Stride of the object head's map."""
+
 NEIGHBOURHOOD = torch.tensor([[col, row] for row in (-1, 0, 1) for col in (-1, 0, 1)])
 """``(9, 2)`` offsets (x, y) of a cell's 3×3 neighbourhood, in row-major order."""
 
@@ -51,12 +56,14 @@ class FeatureTable:
         start: ``(L,)`` int64, first row of each map.
         size: ``(L, 2)`` int64, height and width of each map.
         strides: Strides of the maps, finest first.
+        objects: The object head's map, alone; None without one.
     """
 
     rows: Tensor
     start: Tensor
     size: Tensor
     strides: tuple[int, ...]
+    objects: FeatureTable | None = None
 
     @staticmethod
     def of(pyramid: FeaturePyramid) -> FeatureTable:
@@ -67,8 +74,11 @@ class FeatureTable:
         start = [0]
         for m in pyramid.maps[:-1]:
             start.append(start[-1] + m.shape[0] * m.shape[2] * m.shape[3])
+        objects = None
+        if pyramid.objects is not None:
+            objects = FeatureTable.of(FeaturePyramid((pyramid.objects,), (OBJECT_STRIDE,)))
         return FeatureTable(
-            rows, torch.tensor(start, device=device), torch.tensor(size, device=device), pyramid.strides
+            rows, torch.tensor(start, device=device), torch.tensor(size, device=device), pyramid.strides, objects
         )
 
     def sample(self, xy: Tensor, image: Tensor, index: Tensor) -> Tensor:
@@ -217,4 +227,31 @@ class RoIPyramid:
         rois = self.rois.shape[0]
         roi, row, col = grid_nodes(rois, side, self.rois.device)
         features = self.sample(roi, node_centres(row, col, side), quadtree_level)
+        return features.unflatten(0, (rois, side, side)).permute(0, 3, 1, 2)
+
+    def objects(self, side: int) -> Tensor:
+        """The object head's map within all RoIs.
+
+        Args:
+            side: Cells per side S.
+
+        Returns:
+            ``(R, E, S, S)``, channels last in memory.
+
+        Raises:
+            InvalidInputError: If the features came without it.
+        """
+        if self.table.objects is None:
+            raise InvalidInputError(
+                "expected features with an object map, as the image encoder gives them, got maps alone: "
+                "keep FeaturePyramid.objects"
+            )
+        rois = self.rois.shape[0]
+        roi, row, col = grid_nodes(rois, side, self.rois.device)
+        box = self.rois[roi]
+        xy = box[:, :2] + node_centres(row, col, side) * (box[:, 2:] - box[:, :2])
+        # What lies beyond the image looks like its border: zeros would be like nothing that the head knows.
+        last = OBJECT_STRIDE * (self.table.objects.size[0].flip(0) - 0.5)
+        xy = xy.clamp(min=OBJECT_STRIDE / 2).minimum(last.to(xy.dtype))
+        features = self.table.objects.sample(xy, self.image[roi], torch.zeros_like(roi))
         return features.unflatten(0, (rois, side, side)).permute(0, 3, 1, 2)

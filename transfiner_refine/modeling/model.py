@@ -26,7 +26,8 @@ class RefinerModel(nn.Module):
         gain_predictor: None when the model does not predict gains.
 
     Raises:
-        InvalidInputError: If the configuration asks for the image encoder with strides that it does not have.
+        InvalidInputError: If the configuration asks for the image encoder with strides that it does not have, or for an
+            object head without one.
     """
 
     def __init__(self, config: TransfinerConfig):
@@ -35,10 +36,15 @@ class RefinerModel(nn.Module):
             raise InvalidInputError(
                 f"expected strides {EfficientNetLite.strides}, those of the image encoder, got {config.strides}"
             )
+        if config.object_channels and config.feature_source != IMAGE_ENCODER:
+            raise InvalidInputError(
+                f"expected object_channels 0 on the features of {config.feature_source!r}, got "
+                f"{config.object_channels}: the object head goes with an image encoder"
+            )
         self.config = config
         self.image_encoder = None
         if config.feature_source == IMAGE_ENCODER:
-            self.image_encoder = ImageEncoder(config.feature_channels, config.backbone)
+            self.image_encoder = ImageEncoder(config.feature_channels, config.backbone, config.object_channels)
         self.transfiner = MaskTransfiner(config)
         self.pixel_head = PixelHead(config.pixel_widths) if config.pixel_widths else None
         self.gain_predictor = GainPredictor(sees_edges=self.pixel_head is not None) if config.predicts_gain else None
