@@ -205,7 +205,7 @@ def samples_of(args: argparse.Namespace) -> None:
     if args.only_more:
         dataset = CropDataset(more, args.cache, side=112, real_share=REAL_SHARE, seed=args.seed)
     else:
-        shares = None if args.neighbour is None else CompositeShares(neighbour=args.neighbour)
+        shares = None if args.neighbour is None else CompositeShares(neighbour=args.neighbour, alike=args.alike)
         dataset = training_mix(args.data, args.cache, REAL_SHARE, args.stamps, more=more, shares=shares, seed=args.seed)
     with torch.inference_mode():
         samples = open_samples(args.samples, args.count or len(dataset), backbone)
@@ -241,6 +241,7 @@ def main() -> None:
     first.add_argument("--more", type=Path, nargs="+", default=[], help="other data sets, as label_detections.py makes")
     first.add_argument("--only-more", action="store_true", help="these alone, without composites")
     first.add_argument("--neighbour", type=float, help="probability of a pasted neighbour, instead of the default")
+    first.add_argument("--alike", type=float, default=0.0, help="share of these that are like the object")
     first.add_argument("--count", type=int, help="samples; as many as there are objects otherwise")
     first.set_defaults(run=samples_of)
     second = commands.add_parser("train", help="train the head on collected samples")

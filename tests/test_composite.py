@@ -41,6 +41,27 @@ def plain_colours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transfiner_refine.data.composite._feather", lambda alpha, rng: alpha)
 
 
+def test_neighbours_that_are_alike_are_of_one_kind_and_stand_beside_the_object():
+    others = [coloured(rectangle(SIZE, (80, 60, 120, 100)), value, 60) for value in (120, 140, 160)]
+    shares = replace(NEVER, neighbour=1, alike=1, in_front=0, hidden=1)
+    tight = tight_box(OBJECTS[0].alpha)
+    found = Composer(3, lambda index: others[index], [], shares, kinds=[0, 1, 1])
+    seen, sides = set(), set()
+    for seed in range(40):
+        scene = found.scene(OBJECTS[0], np.random.default_rng(seed), kind=1)
+        assert scene is not None
+        for layer in scene.layers:
+            seen.add(int(layer.cut.image.max()))
+            height = layer.cut.alpha.shape[0] * layer.affine[1, 1]
+            assert 0.8 < height / (tight[3] - tight[1]) < 1.25
+            foot = layer.affine @ [layer.cut.alpha.shape[1] / 2, layer.cut.alpha.shape[0], 1]
+            assert abs(foot[1] - tight[3]) < 0.1 * (tight[3] - tight[1])
+            sides.add(bool(foot[0] > tight[[0, 2]].mean()))
+        # The object in front stays whole.
+        assert np.array_equal(scene.coverage, OBJECTS[0].alpha)
+    assert seen == {140, 160} and sides == {False, True}
+
+
 def test_without_shares_nothing_is_composed():
     assert all(composer(NEVER).scene(OBJECTS[0], np.random.default_rng(seed)) is None for seed in range(20))
 

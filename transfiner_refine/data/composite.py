@@ -50,6 +50,8 @@ class CompositeShares:
         poles: Probability of thin occluders.
         neighbour_side: Range of a pasted object's longer side, in sides of the object (log-uniform).
         hidden: Most of the object that a pasted one may hide.
+        alike: Share of pasted objects that are of the object's own data set, as tall as it is, and stand beside it: a
+            pedestrian among others.
     """
 
     stamp: float = 0.08
@@ -59,6 +61,7 @@ class CompositeShares:
     poles: float = 0.06
     neighbour_side: tuple[float, float] = (0.25, 1.4)
     hidden: float = 0.5
+    alike: float = 0.0
 
 
 class Layer(NamedTuple):
@@ -149,6 +152,7 @@ class Composer:
         cut_out: The ``index``-th object, with its surroundings.
         stamps: Cut-outs with true alpha.
         shares: How often and of what.
+        kinds: The kind of each object, for those that are alike; empty where all are of one.
     """
 
     def __init__(
@@ -157,16 +161,19 @@ class Composer:
         cut_out: Callable[[int], CutOut],
         stamps: Sequence[CutOut] = (),
         shares: CompositeShares | None = None,
+        kinds: Sequence[int] = (),
     ) -> None:
         self._objects, self._cut_out, self._stamps = objects, cut_out, stamps
+        self._kinds = np.asarray(kinds, np.int64) if len(kinds) else np.zeros(objects, np.int64)
         self.shares = CompositeShares() if shares is None else shares
 
-    def scene(self, own: CutOut, rng: np.random.Generator) -> Scene | None:
+    def scene(self, own: CutOut, rng: np.random.Generator, kind: int = 0) -> Scene | None:
         """Perhaps put an object into a scene.
 
         Args:
             own: The object; replaced by a stamp in some of the scenes.
             rng: Source of every random choice.
+            kind: The object's kind.
 
         Returns:
             None where the sample stays as it is.
@@ -181,7 +188,10 @@ class Composer:
         tight = tight_box(own.alpha)
         for _ in range(2):
             if rng.random() < shares.neighbour:
-                self._paste(scene, self._neighbour(rng), tight, rng)
+                if shares.alike and not stamp and rng.random() < shares.alike:
+                    self._paste_beside(scene, self._alike(kind, rng), tight, rng)
+                else:
+                    self._paste(scene, self._neighbour(rng), tight, rng)
         if rng.random() < shares.poles:
             self._poles(scene, tight, rng)
         scene.layers.sort(key=lambda layer: layer.in_front)
@@ -191,10 +201,11 @@ class Composer:
         """A random object, cropped to what it covers."""
         if self._stamps and rng.random() < 0.3:
             return self._stamps[int(rng.integers(len(self._stamps)))]
-        found = self._cut_out(int(rng.integers(self._objects)))
-        x0, y0, x1, y1 = tight_box(found.alpha)
-        part = np.s_[max(y0 - 2, 0) : y1 + 2, max(x0 - 2, 0) : x1 + 2]  # the rim keeps its own surroundings
-        return CutOut(found.image[part], found.alpha[part])
+        return _cropped(self._cut_out(int(rng.integers(self._objects))))
+
+    def _alike(self, kind: int, rng: np.random.Generator) -> CutOut:
+        """A random object of a kind, cropped to what it covers."""
+        return _cropped(self._cut_out(int(rng.choice(np.flatnonzero(self._kinds == kind)))))
 
     def _background(self, size: tuple[int, ...], rng: np.random.Generator) -> tuple[np.ndarray, Affine]:
         """A random photo, enlarged at random so that it covers three times the cut-out's sides, and its place."""
@@ -218,6 +229,16 @@ class Composer:
         # Some point of the cut-out's middle, or of its rim, comes to lie on the outline.
         grip = np.array(cut.alpha.shape[::-1]) * rng.uniform(-0.05, 1.05, 2)
         self._add(scene, Layer(cut, np.column_stack([turn, anchor - turn @ grip]), rng.random() < self.shares.in_front))
+
+    def _paste_beside(self, scene: Scene, cut: CutOut, tight: np.ndarray, rng: np.random.Generator) -> None:
+        """Place a cut-out upright beside the object, as tall and on the same ground; drop it if it hides too much."""
+        height = tight[3] - tight[1]
+        scale = height / cut.alpha.shape[0] * np.exp(rng.uniform(-0.2, 0.2))
+        turn = np.diag(scale * np.array([rng.choice([-1.0, 1.0]), 1.0]))
+        apart = (tight[2] - tight[0] + scale * cut.alpha.shape[1]) / 2 * rng.uniform(0.45, 1.05) * rng.choice([-1, 1])
+        foot = np.array([(tight[0] + tight[2]) / 2 + apart, tight[3] + height * rng.uniform(-0.08, 0.08)])
+        grip = np.array([cut.alpha.shape[1] / 2, cut.alpha.shape[0]])
+        self._add(scene, Layer(cut, np.column_stack([turn, foot - turn @ grip]), rng.random() < self.shares.in_front))
 
     def _add(self, scene: Scene, layer: Layer) -> None:
         size = (scene.alpha.shape[0], scene.alpha.shape[1])
@@ -286,6 +307,12 @@ def _feather(alpha: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def _blend(below: np.ndarray, above: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     weight = alpha.astype(np.float32) / 255
     return cv2.blendLinear(above, below, weight, 1 - weight)
+
+
+def _cropped(found: CutOut) -> CutOut:
+    x0, y0, x1, y1 = tight_box(found.alpha)
+    part = np.s_[max(y0 - 2, 0) : y1 + 2, max(x0 - 2, 0) : x1 + 2]  # the rim keeps its own surroundings
+    return CutOut(found.image[part], found.alpha[part])
 
 
 def _framed(stamp: CutOut, rng: np.random.Generator) -> CutOut:
