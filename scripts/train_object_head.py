@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from baselines import load_refiner  # pyright: ignore[reportMissingImports]
 from dataset import DATA, MatchedSet, open_set  # pyright: ignore[reportMissingImports]
+from sample_files import open_columns  # pyright: ignore[reportMissingImports]
 from train_embedded import Validation, training_mix  # pyright: ignore[reportMissingImports]
 
 from transfiner_refine import Refiner
@@ -94,14 +95,7 @@ def open_samples(folder: Path, count: int, backbone: TinyViTBackbone) -> Sample:
     cells = (OBJECT_SIDE, OBJECT_SIDE)
     columns = [*((m.shape[1:], np.float16) for m in maps), ((4,), np.float32)]
     columns += [(cells, np.uint8), (cells, np.uint8), ((), np.float32)]
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{name}.npy" for name in Sample._fields]
-    return Sample(
-        *(
-            np.lib.format.open_memmap(file, "r+" if file.exists() else "w+", dtype=dtype, shape=(count, *shape))
-            for file, (shape, dtype) in zip(files, columns, strict=True)
-        )
-    )
+    return Sample(*open_columns(folder, Sample._fields, count, columns))
 
 
 @torch.inference_mode()

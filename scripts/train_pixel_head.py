@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from baselines import load_refiner  # pyright: ignore[reportMissingImports]
 from dataset import DATA, ECSSD_VALIDATION, MatchedSet, open_set  # pyright: ignore[reportMissingImports]
+from sample_files import open_columns  # pyright: ignore[reportMissingImports]
 from train_embedded import Validation  # pyright: ignore[reportMissingImports]
 
 from transfiner_refine import Refiner
@@ -85,18 +86,7 @@ class RoIPixels(CropDataset):
 def open_samples(folder: Path, count: int, side: int) -> Sample:
     """The samples of a folder as arrays on disk, empty at first."""
     shapes = [(3, HEAD_SIDE, HEAD_SIDE), (side, side), (side, side), (HEAD_SIDE, HEAD_SIDE // 8), ()]
-    folder.mkdir(parents=True, exist_ok=True)
-    return Sample(
-        *(
-            np.lib.format.open_memmap(
-                folder / f"{name}.npy",
-                "r+" if (folder / f"{name}.npy").exists() else "w+",
-                dtype=np.uint8,
-                shape=(count, *shape),
-            )
-            for name, shape in zip(Sample._fields, shapes, strict=True)
-        )
-    )
+    return Sample(*open_columns(folder, Sample._fields, count, [(shape, np.uint8) for shape in shapes]))
 
 
 @torch.no_grad()

@@ -64,7 +64,7 @@ def test_with_an_object_head(benchmark):
     model = whole.transfiner
     assert model.object_head is not None and whole.image_encoder is not None
     torch.nn.init.normal_(model.object_head.out.weight, std=0.5)
-    features, *others = scene(model, 3)
+    _, *others = scene(model, 3)
     with torch.no_grad():
         features = whole.image_encoder(torch.rand(2, 3, 256, 256, generator=torch.Generator().manual_seed(0)))
         sparse = dense.refine_sparsely(model, features, *others)

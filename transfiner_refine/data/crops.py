@@ -147,6 +147,7 @@ class CropDataset(Dataset[CropSample]):
     ) -> None:
         self._caches = [ObjectCache(source, Path(cache_dir)) for source in sources]
         self._entries = [(cache, item) for cache in self._caches for item in cache.objects]
+        self._kinds = [number for number, cache in enumerate(self._caches) for _ in cache.objects]
         if not self._entries:
             raise InvalidInputError(
                 f"expected at least one object, got none in {[str(s.directory) for s in sources]}: lower min_area, or "
@@ -156,8 +157,7 @@ class CropDataset(Dataset[CropSample]):
         self.real_share, self.soft_share, self.seed = real_share, soft_share, seed
         self._composer = None
         if shares is not None:
-            kinds = [self._caches.index(cache) for cache, _ in self._entries]
-            self._composer = Composer(len(self._entries), self._cut_out, stamps, shares, kinds)
+            self._composer = Composer(len(self._entries), self._cut_out, stamps, shares, self._kinds)
         # Shared memory: persistent loader workers see the epoch that the trainer sets.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -211,9 +211,6 @@ class CropDataset(Dataset[CropSample]):
         coarse, target = self._roi_frame(draw.work, draw.roi)
         return (coarse.flip(1), target.flip(1)) if draw.placed[0, 0] < 0 else (coarse, target)
 
-    def _kind(self, index: int) -> int:
-        return self._caches.index(self._entries[index][0])
-
     def _cut_out(self, index: int) -> CutOut:
         cache, item = self._entries[index]
         return CutOut(cache.image(item), cache.coverage(item))
@@ -222,7 +219,7 @@ class CropDataset(Dataset[CropSample]):
         """Perhaps compose the sample of several photos; not if next to nothing of the object would be seen."""
         if self._composer is None or not self.augment:
             return None
-        scene = self._composer.scene(self._cut_out(index), rng, self._kind(index))
+        scene = self._composer.scene(self._cut_out(index), rng, self._kinds[index])
         if scene is not None and np.count_nonzero(scene.coverage >= 128) < MIN_VISIBLE:
             return None
         return scene

@@ -194,9 +194,7 @@ class RoIPyramid:
         Returns:
             ``(P, C)``.
         """
-        box = self.rois[roi]
-        xy = box[:, :2] + centres * (box[:, 2:] - box[:, :2])
-        return self.table.sample(xy, self.image[roi], self.map_index(quadtree_level)[roi])
+        return self.table.sample(self._in_network(roi, centres), self.image[roi], self.map_index(quadtree_level)[roi])
 
     def sample_context(self, roi: Tensor, centres: Tensor, side: int, quadtree_level: int) -> Tensor:
         """Features of the 3×3 neighbourhood of cells (paper, Sec. 3.3).
@@ -224,10 +222,8 @@ class RoIPyramid:
         Returns:
             ``(R, C, S, S)``, channels last in memory.
         """
-        rois = self.rois.shape[0]
-        roi, row, col = grid_nodes(rois, side, self.rois.device)
-        features = self.sample(roi, node_centres(row, col, side), quadtree_level)
-        return features.unflatten(0, (rois, side, side)).permute(0, 3, 1, 2)
+        roi, centres = self._cells(side)
+        return self._as_maps(self.sample(roi, centres, quadtree_level), side)
 
     def objects(self, side: int) -> Tensor:
         """The object head's map within all RoIs.
@@ -246,12 +242,22 @@ class RoIPyramid:
                 "expected features with an object map, as the image encoder gives them, got maps alone: "
                 "keep FeaturePyramid.objects"
             )
-        rois = self.rois.shape[0]
-        roi, row, col = grid_nodes(rois, side, self.rois.device)
-        box = self.rois[roi]
-        xy = box[:, :2] + node_centres(row, col, side) * (box[:, 2:] - box[:, :2])
+        roi, centres = self._cells(side)
         # What lies beyond the image looks like its border: zeros would be like nothing that the head knows.
         last = OBJECT_STRIDE * (self.table.objects.size[0].flip(0) - 0.5)
-        xy = xy.clamp(min=OBJECT_STRIDE / 2).minimum(last.to(xy.dtype))
-        features = self.table.objects.sample(xy, self.image[roi], torch.zeros_like(roi))
-        return features.unflatten(0, (rois, side, side)).permute(0, 3, 1, 2)
+        xy = self._in_network(roi, centres).clamp(min=OBJECT_STRIDE / 2).minimum(last.to(centres.dtype))
+        return self._as_maps(self.table.objects.sample(xy, self.image[roi], torch.zeros_like(roi)), side)
+
+    def _cells(self, side: int) -> tuple[Tensor, Tensor]:
+        """RoI ``(P,)`` and centre ``(P, 2)``, relative to it, of all cells of all RoIs at one resolution."""
+        roi, row, col = grid_nodes(self.rois.shape[0], side, self.rois.device)
+        return roi, node_centres(row, col, side)
+
+    def _in_network(self, roi: Tensor, centres: Tensor) -> Tensor:
+        """Points ``(P, 2)`` of RoIs in the network frame."""
+        box = self.rois[roi]
+        return box[:, :2] + centres * (box[:, 2:] - box[:, :2])
+
+    def _as_maps(self, features: Tensor, side: int) -> Tensor:
+        """Features ``(P, C)`` of all cells as ``(R, C, S, S)``, channels last in memory."""
+        return features.unflatten(0, (self.rois.shape[0], side, side)).permute(0, 3, 1, 2)
