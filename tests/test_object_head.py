@@ -1,6 +1,7 @@
 """The object head: what it corrects before the quadtree, that it starts without effect, and that it travels along."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -85,6 +86,25 @@ def test_the_correction_is_added_to_the_coarse_logits(model: RefinerModel, side:
     assert 0.05 < changed.float().mean() < 1
     assert corrected[changed].numpy() == pytest.approx(expected[changed].numpy(), abs=1e-6)
     assert (expected - before)[~changed].abs().max() <= CORRECTED + 1e-6
+
+
+@pytest.mark.parametrize("growth", [0.0, 0.5])
+def test_growth_holds_back_what_is_added(model: RefinerModel, growth: float):
+    roi_pyramid, coarse = scene(model, OBJECT_SIDE)
+    head = deepcopy(model.transfiner.object_head)
+    assert head is not None
+    with torch.no_grad():
+        assert head.out.bias is not None
+        head.out.bias -= head(roi_pyramid.objects(OBJECT_SIDE), coarse).median()
+        correction = head(roi_pyramid.objects(OBJECT_SIDE), coarse)
+        head.growth.fill_(growth)
+        corrected = head.correct(roi_pyramid, coarse)
+    removes = correction < 0
+    assert 0.1 < removes.float().mean() < 0.9
+    expected = torch.sigmoid(coarse_logits(coarse) + torch.where(removes, correction, growth * correction))
+    changed = corrected != coarse
+    assert changed[removes].any() and changed[~removes].any() == (growth > 0)
+    assert corrected[changed].numpy() == pytest.approx(expected[changed].numpy(), abs=1e-6)
 
 
 def test_what_the_head_changes_counts_as_touched_and_is_pasted(model: RefinerModel):

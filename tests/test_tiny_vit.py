@@ -7,15 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from small_models import encoder_config
 from torch import Tensor, nn
 
-from transfiner_refine import Refiner
+from transfiner_refine import RefineOptions, Refiner
 from transfiner_refine.errors import WeightsError
 from transfiner_refine.export import export_onnx
+from transfiner_refine.functional.crops import OUTSIDE
 from transfiner_refine.modeling.image_encoder import TINY_VIT_DEVIATION, ImageEncoder, TinyViTBackbone
 from transfiner_refine.modeling.model import RefinerModel
 from transfiner_refine.modeling.tiny_vit import TinyViT, tiny_vit_from_mobile_sam
@@ -136,6 +138,22 @@ class TestBackbone:
         backbone.tiny_vit.register_forward_pre_hook(lambda _, given: shapes.append(given[0].shape[2:]))
         backbone(torch.rand(1, 3, *size))
         assert shapes == [seen]
+
+    @pytest.mark.parametrize(("backbone", "seen"), [("tiny_vit", (128, 256)), ("efficientnet_lite0", (108, 216))])
+    def test_a_whole_image_is_padded_to_whole_windows(self, backbone: str, seen: tuple[int, int]):
+        model = RefinerModel(encoder_config(backbone=backbone)).eval()
+        given = []
+        assert model.image_encoder is not None
+        model.image_encoder.register_forward_pre_hook(lambda _, images: given.append(images[0]))
+        image = np.full((100, 200, 3), 255, np.uint8)
+        mask = np.zeros((1, 100, 200), bool)
+        mask[:, 20:80, 20:180] = True
+        Refiner(model).refine(image, masks=mask, options=RefineOptions(encode="image", passes=1, box_margin=0.125))
+        assert [tuple(x.shape[2:]) for x in given] == [seen]
+        inside = torch.zeros(seen, dtype=torch.bool)
+        inside[:108, :216] = True
+        assert torch.equal(given[0][0, 0] == 1, inside)
+        assert given[0][0, 0][~inside].numpy() == pytest.approx(OUTSIDE)
 
     def test_frozen_it_learns_nothing_and_the_laterals_do(self, encoder: ImageEncoder):
         backbone = encoder.backbone

@@ -390,21 +390,30 @@ class Pipeline:
             return False
         if self.options.encode == "image":
             return True
-        height, width = job.image_size
-        return job.index.shape[0] * CROP_SIDE**2 > height * width * self._scale(job) ** 2
+        rows, columns = map(self._padded, self._whole_size(job))
+        return job.index.shape[0] * CROP_SIDE**2 > rows * columns
 
-    def _scale(self, job: Job) -> float:
-        """Scale at which the image is encoded as a whole: its median RoI is as large as in a crop, within bounds."""
+    def _whole_size(self, job: Job) -> tuple[int, int]:
+        """Rows and columns of an image that is encoded as a whole: its median RoI as large as in a crop, in bounds."""
         rois = expand_boxes(job.spans[job.index], self.box_margin)
         median = float((rois[:, 2:] - rois[:, :2]).amax(dim=1).median())
-        return min(CROP_SPAN / median, MAX_IMAGE_SIDE / max(job.image_size), MAX_ENLARGEMENT)
+        scale = min(CROP_SPAN / median, MAX_IMAGE_SIDE / max(job.image_size), MAX_ENLARGEMENT)
+        height, width = job.image_size
+        return max(1, round(height * scale)), max(1, round(width * scale))
+
+    def _padded(self, side: int) -> int:
+        """The side in whole units of the backbone."""
+        assert self.model.image_encoder is not None
+        unit = self.model.image_encoder.backbone.unit
+        return -(-side // unit) * unit
 
     def _encode_whole(self, job: Job) -> FeaturePyramid:
         assert job.image is not None
         height, width = job.image_size
-        scale = self._scale(job)
-        rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
-        pixels = F.interpolate(job.image[0], size=(rows, columns), mode="bilinear", antialias=scale < 1).add_(OUTSIDE)
+        rows, columns = self._whole_size(job)
+        pixels = F.interpolate(job.image[0], size=(rows, columns), mode="bilinear", antialias=rows < height)
+        # Outside of the image is zero here, as in a crop.
+        pixels = F.pad(pixels, (0, self._padded(columns) - columns, 0, self._padded(rows) - rows)).add_(OUTSIDE)
         ratio = torch.tensor([[columns / width, rows / height]], device=self.device)
         return replace(self._encode(pixels), scale=ratio)
 

@@ -132,6 +132,7 @@ class EfficientNetLite(nn.Module):
 
     Attributes:
         channels: Channels of each map.
+        unit: What the sides of an image are best multiples of: it takes any.
 
     Raises:
         InvalidInputError: If there is no such variant.
@@ -141,6 +142,7 @@ class EfficientNetLite(nn.Module):
     """
 
     strides: ClassVar[tuple[int, ...]] = (2, 4, 8, 16, 32)
+    unit: ClassVar[int] = 1
 
     def __init__(self, variant: str = "efficientnet_lite0", stages: int = 5) -> None:
         super().__init__()

@@ -41,9 +41,11 @@ class TinyViTBackbone(nn.Module):
     Attributes:
         channels: Channels of each map.
         deviation: Rough standard deviation of each map on photos.
+        unit: Sides of an image that are multiples of this are resized to whole windows of TinyViT, as those of a crop.
     """
 
     strides: ClassVar[tuple[int, ...]] = EfficientNetLite.strides
+    unit: ClassVar[int] = 128
     deviation: ClassVar[tuple[float, ...]] = (ACTIVATION_DEVIATION[0], 1.0, 1.0, 1.0, 1.0)
 
     def __init__(self) -> None:

@@ -61,10 +61,18 @@ class ObjectHead(nn.Module):
 
     Args:
         channels: Channels C of the map that it looks at.
+
+    Attributes:
+        growth: ``()``, the share of a correction that :meth:`correct` applies where it raises a logit. Set after
+            training: what looks like the rest of an object is often another of its kind, in crowds more so than in
+            training.
     """
+
+    growth: Tensor
 
     def __init__(self, channels: int):
         super().__init__()
+        self.register_buffer("growth", torch.ones(()))
         self.norm = nn.GroupNorm(GROUPS, channels)
         self.compare = nn.Linear(2 * channels, 2 * channels)
         # Logit and probability of the coarse mask, likeness to what is inside and outside of it.
@@ -109,6 +117,7 @@ class ObjectHead(nn.Module):
         """
         side = coarse.shape[-1]
         correction = self(roi_pyramid.objects(OBJECT_SIDE), _resized(coarse, OBJECT_SIDE))
+        correction = torch.where(correction > 0, correction * self.growth, correction)
         logits = coarse_logits(coarse)
         corrected = torch.sigmoid(logits + _resized(correction, side))
         # The limits of the logits are no correction.
