@@ -510,6 +510,9 @@ def test_box_is_tapped(open_page: Callable[[], Visitor], cup: examples.Example):
         scale = shown["width"] / SIZE[1]
         tab.locator("#preview img").first.click(position={"x": x * scale, "y": y * scale})
         picture = visitor.wait_for_new("#preview img", picture)
+    # The picture may be drawn once more for the first tap; the numbers tell when the second one has arrived.
+    corners = "[...document.querySelectorAll('#box input')].map(field => Number(field.value))"
+    tab.wait_for_function(f"(([left, top, right, bottom]) => right > left && bottom > top)({corners})")
     values = [float(field.input_value()) for field in tab.locator("#box input").all()]
     assert values == pytest.approx([160, 20, 420, 330], abs=3)
     tab.click("#refine")
