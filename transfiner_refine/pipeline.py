@@ -412,8 +412,10 @@ class Pipeline:
         height, width = job.image_size
         rows, columns = self._whole_size(job)
         pixels = F.interpolate(job.image[0], size=(rows, columns), mode="bilinear", antialias=rows < height)
-        # Outside of the image is zero here, as in a crop.
-        pixels = F.pad(pixels, (0, self._padded(columns) - columns, 0, self._padded(rows) - rows)).add_(OUTSIDE)
+        beyond = 0, self._padded(columns) - columns, 0, self._padded(rows) - rows
+        if any(beyond):  # zero, as outside of the image in a crop; padding by nothing would copy all pixels
+            pixels = F.pad(pixels, beyond)
+        pixels.add_(OUTSIDE)
         ratio = torch.tensor([[columns / width, rows / height]], device=self.device)
         return replace(self._encode(pixels), scale=ratio)
 
