@@ -76,8 +76,10 @@ def main() -> None:
         config = model.config
         tree_keys, passes = args.tree_keys or config.tree_keys, args.passes or config.passes
         refiner = Refiner(with_changes(model, tree_keys=tree_keys, passes=passes))
-        head = refiner.model.transfiner.object_head
-        if head is not None and args.growth is not None:
+        if args.growth is not None:
+            head = refiner.model.transfiner.object_head
+            if head is None:
+                raise SystemExit("expected --growth with a model that has an object head, got one without")
             head.growth.fill_(args.growth)
         calibrate_thresholds(refiner.model, (root, *[finer] * (refiner.config.depth - 1)))
         return refiner

@@ -140,8 +140,25 @@ def logits_of(model: RefinerModel, batch: Sample, dropped: float) -> tuple[Tenso
     return coarse_logits(coarse) + head(pyramid.objects(OBJECT_SIDE), coarse), target
 
 
-def train(model: RefinerModel, parts: Sequence[Sample], steps: int, learning_rate: float, seed: int) -> None:
-    """Train the head and its map, in place, to the average of their weights."""
+def with_exact(batch: Sample, share: float, rng: np.random.Generator) -> Sample:
+    """The batch with masks that are right already in the place of a share of its coarse masks."""
+    exact = rng.random(len(batch.weight)) < share
+    return batch._replace(coarse=np.where(exact[:, None, None], batch.target, batch.coarse))
+
+
+def train(
+    model: RefinerModel, parts: Sequence[Sample], steps: int, learning_rate: float, exact: float, seed: int
+) -> None:
+    """Train the head and its map, in place, to the average of their weights.
+
+    Args:
+        model: The refiner's.
+        parts: Folders of samples.
+        steps: Of ``GROUP`` samples each.
+        learning_rate: Its largest.
+        exact: Share of samples whose coarse mask is right already, so that such masks are left alone.
+        seed: Of the order and of the exact masks.
+    """
     encoder, head = model.image_encoder, model.transfiner.object_head
     assert encoder is not None and encoder.object_map is not None and head is not None
     trained = torch.nn.ModuleList([encoder.object_map, head])
@@ -155,7 +172,7 @@ def train(model: RefinerModel, parts: Sequence[Sample], steps: int, learning_rat
         if len(left) < GROUP:
             left = rng.permutation(count)
         chosen, left = np.sort(left[:GROUP]), left[GROUP:]
-        batch = gather(parts, chosen)
+        batch = with_exact(gather(parts, chosen), exact, rng)
         logits, target = logits_of(model, batch, DROPPED)
         entropy = F.binary_cross_entropy_with_logits(logits, (target >= 0.5).float(), reduction="none")
         loss = (entropy.mean(dim=(1, 2)) * torch.from_numpy(batch.weight)).mean()
@@ -215,7 +232,7 @@ def head_of(args: argparse.Namespace) -> None:
         parts = [open_samples(folder, count, backbone) for folder, count in zip(args.samples, counts, strict=True)]
     if not all(part.weight.all() for part in parts):
         raise SystemExit("expected samples that are all there, got some that are not collected yet: run collect again")
-    train(model, parts, args.steps, args.learning_rate, args.seed)
+    train(model, parts, args.steps, args.learning_rate, args.exact, args.seed)
     refiner = Refiner(model)
     print(refiner.save_pretrained(args.output))
     photos = {"ecssd": open_set(args.data, "ecssd_validation"), "pennfudan": open_set(args.data, "pennfudan", 60)}
@@ -244,6 +261,7 @@ def main() -> None:
     second.add_argument("--samples", type=Path, nargs="+", required=True)
     second.add_argument("--steps", type=int, default=2580)
     second.add_argument("--learning-rate", type=float, default=2e-3)
+    second.add_argument("--exact", type=float, default=0.2, help="share of samples with a mask that is right already")
     second.set_defaults(run=head_of)
     for command in (first, second):
         command.add_argument("--data", type=Path, default=DATA)

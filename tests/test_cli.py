@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -309,6 +311,14 @@ class TestBenchmark:
         predictions.write_text("[]")
         code, _, err = run("benchmark", "--photo", photo, "--predictions", predictions, *options)
         assert code == 2 and "expected masks to refine" in err
+
+
+def test_a_terminal_without_the_signs_gets_others(model_dir: Path):
+    code = "from transfiner_refine.cli import main; main()"
+    options = ("benchmark", "--count", "1", "--seconds", "0", "--threads", "1", "--model", str(model_dir))
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code, *options], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "600?400 pixels" in done.stdout, done.stderr
 
 
 def test_inputs_are_not_written_over(run: Run, photos: Path, tmp_path: Path, model_dir: Path):

@@ -302,6 +302,19 @@ def test_wrong_input_is_refused(exported: Path, tmp_path: Path):
         refiner.refine(image, masks=np.zeros((1, 20, 30), bool), boxes=[])
     with pytest.raises(InvalidInputError, match="uint8 RGB"):
         refiner.refine(image / 255, masks=np.zeros((1, 20, 30), bool))
+    one = np.ones((1, 20, 30), bool)
+    for value in (2.0, -1.0, np.nan):
+        with pytest.raises(InvalidInputError, match=r"probabilities in \[0, 1\]"):
+            refiner.refine(image, masks=np.where(one, value, 0.0))
+    with pytest.raises(InvalidInputError, match="finite boxes"):
+        refiner.refine(image, masks=one, boxes=[[0, 0, np.nan, 9]])
+    with pytest.raises(InvalidInputError, match=r"x2 > x1 and y2 > y1, got others at index \[0\]"):
+        refiner.refine(image, masks=one, boxes=[[5, 5, 3, 9]])
+    with pytest.raises(InvalidInputError, match="batch_size of at least 1"):
+        refiner.refine(image, masks=one, batch_size=0)
+    with pytest.raises(InvalidInputError, match="at least one pixel"):
+        refiner.refine(image[:0], masks=one[:, :0])
+    assert len(refiner.refine(image, masks=one[:0], boxes=[]).masks) == 0
     with pytest.raises(InvalidInputError, match=r"config\.json"):
         OnnxRefiner(tmp_path)
 

@@ -12,10 +12,11 @@ from PIL import Image
 from small_models import discs, encoder_config, eventful_model, random_image, random_pyramid, small_config
 from torch import Tensor
 
-from transfiner_refine import Instances, RefineOptions, Refiner
+from transfiner_refine import Instances, RefineOptions, Refiner, pipeline
 from transfiner_refine.errors import InvalidInputError, WeightsError
 from transfiner_refine.functional import rle
 from transfiner_refine.functional.boxes import expand_boxes
+from transfiner_refine.functional.crops import ImageHalves
 from transfiner_refine.inputs import boxes_from_masks
 
 H, W = 90, 120
@@ -433,6 +434,48 @@ def test_boxes_are_those_of_the_mask_threshold(on_images: Refiner, image: np.nda
     soft = masks[:1].float() * 0.4
     out = on_images.refine(image, masks=soft, options=replace(FREE, mask_threshold=0.3))
     assert torch.equal(out.boxes, boxes_from_masks(masks[:1]))
+
+
+@pytest.mark.parametrize("encode", ["image", "crops"])
+def test_a_batch_holds_the_pixels_of_the_photos_at_work_alone(
+    on_images: Refiner, masks: Tensor, monkeypatch: pytest.MonkeyPatch, encode: Any
+):
+    photos = [random_image(H, W, seed) for seed in range(8)]
+    instances = [Instances(boxes_from_masks(masks[:1]), masks[:1], (H, W))] * len(photos)
+    options = replace(FREE, encode=encode, passes=2)
+    alone = [on_images.refine(x, masks=masks[:1], options=options) for x in photos]
+    made: list[ImageHalves] = []
+
+    class Watched(ImageHalves):
+        def __init__(self, pixels: Tensor):
+            super().__init__(pixels)
+            made.append(self)
+
+    monkeypatch.setattr(pipeline, "ImageHalves", Watched)
+    held: list[int] = []
+    hook = on_images.model.transfiner.register_forward_pre_hook(
+        lambda *_: held.append(sum(bool(x._levels) for x in made))
+    )
+    together = on_images.refine_batch(photos, instances, options=options)
+    hook.remove()
+    # A group has at most six instances, and so six photos; the last of the group before may be held beside it.
+    assert len(made) == 8 and 0 < max(held) <= (2 if encode == "image" else 7)
+    for one, other in zip(together, alone, strict=True):
+        assert_same(one, other)
+
+
+@pytest.mark.parametrize("encode", ["image", "crops"])
+def test_a_caller_s_default_dtype_changes_nothing(on_images: Refiner, image: np.ndarray, masks: Tensor, encode: Any):
+    options = replace(FREE, encode=encode, return_quadtree=True)
+    expected = on_images.refine(image, masks=masks, options=options)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = on_images.refine(image, masks=masks, options=options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.probs is not None and found.probs.dtype == torch.float32
+    assert_same(found, expected)
+    assert found.details is not None and found.details.incoherence.dtype == torch.float32
 
 
 def test_what_goes_along_is_checked_before_the_work(

@@ -256,6 +256,8 @@ class TestFeaturePyramid:
         pyramid = self.pyramid()
         assert isinstance(pyramid.maps, tuple) and pyramid.strides == (4, 8, 16)
         assert (pyramid.batch_size, pyramid.channels, pyramid.source) == (2, 8, "detector")
+        named = self.pyramid(maps=dict(zip("012", pyramid.maps, strict=True)))  # as torchvision's FPN returns them
+        assert all(a is b for a, b in zip(named.maps, pyramid.maps, strict=True))
 
     def test_to_network_follows_each_image(self):
         boxes = torch.tensor([[110.0, 50, 130, 80], [110, 50, 130, 80]])
@@ -290,6 +292,7 @@ class TestFeaturePyramid:
         [
             ({"maps": [], "strides": []}, "at least one map"),
             ({"strides": [4, 8]}, "3 maps and strides"),
+            ({"maps": [np.zeros((2, 8, 25, 34), np.float32)] * 3}, "maps as tensors, finest first, got ndarray"),
             ({"strides": [4, 8, 32]}, "double"),
             ({"strides": [16, 8, 4]}, "double"),
             ({"strides": [3, 6, 12]}, "powers of two"),

@@ -6,6 +6,7 @@ package raises on purpose ends a command with one line and exit code 2.
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -65,6 +66,9 @@ REFINED = "refined.json"
 
 def main() -> None:
     """Run the command line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot print a sign gets another one
+            stream.reconfigure(errors="replace")
     try:
         app()
     except TransfinerError as error:

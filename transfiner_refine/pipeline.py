@@ -83,7 +83,7 @@ class Job:
     """One image with its instances, and the results as they grow.
 
     Attributes:
-        image: The image, of float32 in [0, 1], with its halves; None where the features are given.
+        image: The image with its halves; None where the features are given.
         features: The features that were given, or None.
         boxes: ``(N, 4)`` float32 xyxy, image pixels.
         spans: ``(N, 4)`` float32 xyxy, image pixels: the boxes within reach of the image, grown to hold the masks that
@@ -207,18 +207,13 @@ class Pipeline:
             # Pasting writes to rows of pixels, whatever the strides of what was given.
             masks = coarse.data.clone(memory_format=torch.contiguous_format) if is_bool else coarse.data >= threshold
             masks = masks.contiguous()
-        halves = None
-        if image is not None:
-            image = image.to(self.device)
-            is_bytes = image.dtype == torch.uint8
-            halves = ImageHalves(image.float().div_(255) if is_bytes else image.float(), may_change=is_bytes)
         side = ROOT_SIDE << max(self.depth - 1, 0)
         predicts_gain = self.model.gain_predictor is not None and self.depth > 0
         spans = within_reach(boxes, size)
         has_area = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
         has_pixels = masks.flatten(1).view(torch.uint8).amax(dim=1) > 0  # several times faster than `any` on a CPU
         return Job(
-            image=halves,
+            image=None if image is None else ImageHalves(image.to(self.device)),
             features=pyramid,
             boxes=boxes,
             spans=spans,
@@ -226,10 +221,10 @@ class Pipeline:
             given=coarse,
             coarse=coarse,
             masks=masks,
-            probs=torch.zeros((boxes.shape[0], side, side), device=self.device),
+            probs=torch.zeros((boxes.shape[0], side, side), dtype=torch.float32, device=self.device),
             kept_coarse=torch.zeros(boxes.shape[0], dtype=torch.bool, device=self.device),
             settled=torch.zeros(boxes.shape[0], dtype=torch.bool, device=self.device),
-            gain=torch.zeros(boxes.shape[0], device=self.device) if predicts_gain else None,
+            gain=torch.zeros(boxes.shape[0], dtype=torch.float32, device=self.device) if predicts_gain else None,
             index=(has_area & has_pixels & touches_image(boxes, size)).nonzero()[:, 0],
         )
 
@@ -245,7 +240,8 @@ class Pipeline:
     def _pass(self, jobs: Sequence[Job], number: int) -> None:
         """Refine what is left to refine in all jobs once."""
         options = self.options
-        for group in self._groups(jobs):
+        # A batch holds the pixels of the images at work; those of a single one serve another pass.
+        for group in _forgetting(self._groups(jobs)) if len(jobs) > 1 else self._groups(jobs):
             boxes = torch.cat([job.spans[index] for job, index in group])
             rois = expand_boxes(boxes, self.box_margin)
             depth = depth_of(boxes) if options.depth == "auto" else None
@@ -332,8 +328,8 @@ class Pipeline:
         Those of an instance are of its last pass.
         """
         count, side = job.boxes.shape[0], job.probs.shape[-1]
-        incoherence = torch.zeros((count, ROOT_SIDE, ROOT_SIDE), device=self.device)
-        coarse_probs = torch.zeros((count, side, side), device=self.device)
+        incoherence = torch.zeros((count, ROOT_SIDE, ROOT_SIDE), dtype=torch.float32, device=self.device)
+        coarse_probs = torch.zeros((count, side, side), dtype=torch.float32, device=self.device)
         none = torch.zeros(0, dtype=torch.long, device=self.device)
         quadtree = [LevelNodes(none, none, none, none, none.float(), ROOT_SIDE << level) for level in range(self.depth)]
         probs = [none.float() for _ in range(self.depth)]
@@ -416,7 +412,7 @@ class Pipeline:
         if any(beyond):  # zero, as outside of the image in a crop; padding by nothing would copy all pixels
             pixels = F.pad(pixels, beyond)
         pixels.add_(OUTSIDE)
-        ratio = torch.tensor([[columns / width, rows / height]], device=self.device)
+        ratio = torch.tensor([[columns / width, rows / height]], dtype=torch.float32, device=self.device)
         return replace(self._encode(pixels), scale=ratio)
 
     def _encode(self, pixels: Tensor) -> FeaturePyramid:
@@ -462,6 +458,24 @@ def depth_of(boxes: Tensor) -> Tensor:
     """
     long_side = (boxes[:, 2:] - boxes[:, :2]).amax(dim=1)
     return (long_side / ROOT_SIDE).log2().ceil().clamp(min=0).long() + 1
+
+
+def _forgetting(groups: Iterator[Group]) -> Iterator[Group]:
+    """Pass groups on, and let go of an image's pixels in float32 behind the last group that it is in."""
+    begun: list[Job] = []
+    for group in groups:
+        yield group
+        begun += [job for job, _ in group]
+        last = begun[-1]  # the next group may be of it, too
+        _forget([job for job in begun if job is not last])
+        begun = [last]
+    _forget(begun)
+
+
+def _forget(jobs: Sequence[Job]) -> None:
+    for job in jobs:
+        if job.image is not None:
+            job.image.forget()
 
 
 def _split(index: Tensor, first: int, size: int) -> Iterator[Tensor]:

@@ -88,6 +88,8 @@ class Refiner:
     def save_pretrained(self, directory: str | Path) -> Path:
         """Write ``config.json``, ``model.safetensors`` and a model card; returns the directory.
 
+        Weights are stored as float16, half of their size in memory; what is loaded again may differ by its rounding.
+
         Args:
             directory: Created if needed; an older config and weights are replaced, a model card is kept.
         """

@@ -6,7 +6,7 @@ Letters: B images, N instances of an image, R RoIs, C channels, H W image pixels
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
@@ -27,7 +27,8 @@ class FeaturePyramid:
     map of stride ``s`` at ``network_xy / s``, all in continuous pixels.
 
     Attributes:
-        maps: ``(B, C, H_l, W_l)`` float each, finest first; ``H_l`` is the network input's height over the stride.
+        maps: ``(B, C, H_l, W_l)`` float each, finest first; ``H_l`` is the network input's height over the stride. A
+            dict of them, as torchvision's FPN returns, becomes a tuple.
         strides: Network pixels per cell of each map: powers of two, each twice the one before.
         scale: ``(B, 2)`` float, network pixels per image pixel in x and y; None means 1.
         origin: ``(B, 2)`` float, position in the image of the network input's upper left corner; None means 0.
@@ -46,7 +47,12 @@ class FeaturePyramid:
     objects: Tensor | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "maps", tuple(self.maps))
+        maps = tuple(self.maps.values() if isinstance(self.maps, Mapping) else self.maps)
+        if wrong := [type(level).__name__ for level in maps if not isinstance(level, Tensor)]:
+            raise InvalidInputError(
+                f"expected maps as tensors, finest first, got {wrong[0]}: convert arrays with torch.from_numpy"
+            )
+        object.__setattr__(self, "maps", maps)
         object.__setattr__(self, "strides", tuple(operator.index(stride) for stride in self.strides))
         self._check_strides()
         self._check_maps()

@@ -19,6 +19,9 @@ try:
 except ImportError:  # a copy of this file on a machine without the package, or without torch
     InvalidInputError, MissingDependencyError = ValueError, ImportError  # type: ignore[misc, assignment]
 
+ROUNDING = 1e-3
+"""How far outside [0, 1] a probability may lie."""
+
 FORMAT_VERSION = 1
 """Version of ``config.json`` that this runtime reads."""
 
@@ -89,15 +92,15 @@ class OnnxRefiner:
                 does.
 
         Raises:
-            InvalidInputError: If shapes or dtypes do not fit.
+            InvalidInputError: If a shape, dtype or value cannot be used.
         """
         config = self.config
         threshold, side = config["mask_threshold"], config["roi_side"]
         image, masks = _checked(image, masks)
         refined = masks.copy() if masks.dtype == np.bool_ else masks >= threshold
-        corners = _boxes_of(refined) if boxes is None else np.asarray(boxes, np.float32)
-        if corners.shape != (len(masks), 4):
-            raise InvalidInputError(f"expected boxes of shape ({len(masks)}, 4), one per mask, got {corners.shape}")
+        corners = _boxes_of(refined) if boxes is None else _checked_boxes(boxes, len(masks))
+        if batch_size < 1:
+            raise InvalidInputError(f"expected a batch_size of at least 1, got {batch_size}")
         size = corners[:, 2:] - corners[:, :2]
         inside = (corners[:, :2] < (masks.shape[2], masks.shape[1])).all(axis=1) & (corners[:, 2:] > 0).all(axis=1)
         usable = np.flatnonzero((size > 0).all(axis=1) & inside & refined.any(axis=(1, 2)))
@@ -334,9 +337,36 @@ def _checked(image: Any, masks: Any) -> tuple[np.ndarray, np.ndarray]:
         masks = np.zeros((0, *image.shape[:2]), np.bool_)
     if masks.ndim != 3 or masks.shape[1:] != image.shape[:2]:
         raise InvalidInputError(f"expected masks of shape (N, {image.shape[0]}, {image.shape[1]}), got {masks.shape}")
-    if masks.dtype != np.bool_ and not np.issubdtype(masks.dtype, np.floating):
+    if not image.size:
+        raise InvalidInputError(f"expected an image of at least one pixel, got shape {image.shape}")
+    if masks.dtype == np.bool_:
+        return image, masks
+    if not np.issubdtype(masks.dtype, np.floating):
         raise InvalidInputError(f"expected masks of bool or float, got {masks.dtype}: give masks > 0")
-    return image, masks
+    # Interpolation rounds; not the other way round, so that NaN fails, too.
+    if masks.size and not (masks.min() >= -ROUNDING and masks.max() <= 1 + ROUNDING):
+        raise InvalidInputError(
+            f"expected mask probabilities in [0, 1], got {masks.min()} to {masks.max()}: apply a sigmoid to logits"
+        )
+    return image, masks.clip(0, 1)
+
+
+def _checked_boxes(boxes: Any, count: int) -> np.ndarray:
+    corners = np.asarray(boxes, np.float32)
+    if not count and not corners.size:
+        corners = np.zeros((0, 4), np.float32)
+    if corners.shape != (count, 4):
+        raise InvalidInputError(f"expected boxes of shape ({count}, 4), one per mask, got {corners.shape}")
+    if len(bad := np.flatnonzero(~np.isfinite(corners).all(axis=1))):
+        raise InvalidInputError(f"expected finite boxes, got NaN or infinity at index {bad[:10].tolist()}")
+    # Four zeros are the box of an empty mask.
+    without_area = (corners[:, 2:] <= corners[:, :2]).any(axis=1) & corners.any(axis=1)
+    if len(bad := np.flatnonzero(without_area)):
+        raise InvalidInputError(
+            f"expected boxes x1, y1, x2, y2 with x2 > x1 and y2 > y1, got others at index {bad[:10].tolist()}: from x, "
+            "y, width, height add the corner to the size"
+        )
+    return corners
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

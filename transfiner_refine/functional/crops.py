@@ -14,27 +14,33 @@ OUTSIDE = 127 / 255
 
 
 class ImageHalves:
-    """An image, half of it, a quarter and so on: each made once, when it is first needed.
-
-    Attributes:
-        levels: ``(1, 3, H / 2**k, W / 2**k)`` float each, less ``OUTSIDE``: what lies beyond is zero.
+    """An image, half of it, a quarter and so on: each made when it is first needed, and kept.
 
     Args:
-        image: ``(3, H, W)`` float in [0, 1].
-        may_change: Whether it may be written to, which saves a copy.
+        image: ``(3, H, W)`` uint8, or float in [0, 1].
     """
 
-    def __init__(self, image: Tensor, *, may_change: bool = False):
-        self.levels = [image[None].sub_(OUTSIDE) if may_change else image[None] - OUTSIDE]
+    def __init__(self, image: Tensor):
+        self._image = image
+        self._levels: list[Tensor] = []
 
     def __getitem__(self, level: int) -> Tensor:
-        while len(self.levels) <= level:
-            last = self.levels[-1]
+        """Level k, ``(1, 3, H / 2**k, W / 2**k)`` float32, less ``OUTSIDE``: what lies beyond is zero."""
+        if not self._levels:
+            is_bytes = self._image.dtype == torch.uint8
+            pixels = self._image.float().div_(255).sub_(OUTSIDE) if is_bytes else self._image.float() - OUTSIDE
+            self._levels.append(pixels[None])
+        while len(self._levels) <= level:
+            last = self._levels[-1]
             # An odd last row or column is averaged with what lies outside, as in the full-size image.
             odd_rows, odd_columns = last.shape[2] % 2, last.shape[3] % 2
             padded = F.pad(last, (0, odd_columns, 0, odd_rows)) if odd_rows or odd_columns else last
-            self.levels.append(halve(padded))
-        return self.levels[level]
+            self._levels.append(halve(padded))
+        return self._levels[level]
+
+    def forget(self) -> None:
+        """Give the memory of all levels back; they are made again when they are asked for."""
+        self._levels.clear()
 
 
 def crop_image(image: Tensor | ImageHalves, windows: Tensor, side: int, samples: int = 2) -> Tensor:

@@ -37,7 +37,7 @@ def crop_masks(masks: Tensor, rois: Tensor, side: int) -> Tensor:
         ``(N, S, S)`` float32 probabilities, RoI frame.
     """
     count, height, width = masks.shape
-    out = torch.zeros((count, side, side), device=masks.device)
+    out = torch.zeros((count, side, side), dtype=torch.float32, device=masks.device)
     group = max(1, CROP_PIXELS // max(1, height * width))
     for start in range(0, count, group):
         part = masks[start : start + group].float()[:, None]

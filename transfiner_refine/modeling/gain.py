@@ -162,4 +162,4 @@ class GainPredictor(nn.Module):
         weight, bias = self.weight, self.bias
         if self.edge_weight is not None and self.edge_bias is not None and statistics.shape[1] > len(STATISTICS):
             weight, bias = self.edge_weight, self.edge_bias
-        return F.linear(statistics[:, : len(weight)], weight[None].float(), bias.float())[:, 0]
+        return F.linear(statistics[:, : len(weight)].float(), weight[None].float(), bias.float())[:, 0]

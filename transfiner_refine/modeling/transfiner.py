@@ -493,7 +493,7 @@ class MaskTransfiner(nn.Module):
         token_budget: int,
     ) -> list[Tensor]:
         device = guidance.device
-        logits = [torch.zeros(n.roi.shape[0], device=device) for n in quadtree]
+        logits = [torch.zeros(n.roi.shape[0], dtype=torch.float32, device=device) for n in quadtree]
         for chunk in length_groups(quadtree, guidance.shape[0], token_budget):
             place = torch.full((guidance.shape[0],), -1, dtype=torch.long, device=device)
             place[chunk] = torch.arange(chunk.shape[0], device=device)
