@@ -261,7 +261,7 @@ def main() -> None:
     second.add_argument("--samples", type=Path, nargs="+", required=True)
     second.add_argument("--steps", type=int, default=2580)
     second.add_argument("--learning-rate", type=float, default=2e-3)
-    second.add_argument("--exact", type=float, default=0.2, help="share of samples with a mask that is right already")
+    second.add_argument("--exact", type=float, default=0.0, help="share of samples given a mask that is right already")
     second.set_defaults(run=head_of)
     for command in (first, second):
         command.add_argument("--data", type=Path, default=DATA)

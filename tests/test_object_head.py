@@ -259,7 +259,10 @@ def test_the_head_learns_from_collected_samples(
         return float(torch.nn.functional.binary_cross_entropy_with_logits(logits, target))
 
     before, others = loss(), {name: value.clone() for name, value in tiny.state_dict().items()}
-    module.train(model, [samples, samples], steps=12, learning_rate=1e-2, seed=0)
+    mixed = module.with_exact(samples, 0.5, np.random.default_rng(0))
+    same = {kind: (mixed.coarse == getattr(samples, kind)).all(axis=(1, 2)) for kind in ("coarse", "target")}
+    assert (same["coarse"] ^ same["target"]).all() and 0 < same["target"].sum() < 6
+    module.train(model, [samples, samples], steps=12, learning_rate=1e-2, exact=0.0, seed=0)
     assert loss() < 0.7 * before
     after = model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in others.items())
