@@ -343,12 +343,13 @@ def _checked(image: Any, masks: Any) -> tuple[np.ndarray, np.ndarray]:
         return image, masks
     if not np.issubdtype(masks.dtype, np.floating):
         raise InvalidInputError(f"expected masks of bool or float, got {masks.dtype}: give masks > 0")
+    low, high = masks.min(initial=0), masks.max(initial=1)
     # Interpolation rounds; not the other way round, so that NaN fails, too.
-    if masks.size and not (masks.min() >= -ROUNDING and masks.max() <= 1 + ROUNDING):
+    if not (low >= -ROUNDING and high <= 1 + ROUNDING):
         raise InvalidInputError(
-            f"expected mask probabilities in [0, 1], got {masks.min()} to {masks.max()}: apply a sigmoid to logits"
+            f"expected mask probabilities in [0, 1], got {low} to {high}: apply a sigmoid to logits"
         )
-    return image, masks.clip(0, 1)
+    return image, masks if low == 0 and high == 1 else masks.clip(0, 1)
 
 
 def _checked_boxes(boxes: Any, count: int) -> np.ndarray:

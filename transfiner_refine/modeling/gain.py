@@ -108,7 +108,7 @@ def edge_statistics(pixels: Tensor, coarse: Tensor, aligned: Tensor, mask_thresh
         filtered = guided_filter(pixels, mask.float(), EDGE_WINDOW, EDGE_EPS)
         found.append((4 * filtered * (1 - filtered)).sum(dim=(1, 2)) / length)
         found.append(((filtered >= 0.5) != mask).sum(dim=(1, 2)) / length)
-    return torch.stack(found, dim=1)
+    return torch.stack(found, dim=1).float()
 
 
 def _lost(coarse: Tensor, side: int, threshold: float) -> Tensor:
@@ -162,4 +162,4 @@ class GainPredictor(nn.Module):
         weight, bias = self.weight, self.bias
         if self.edge_weight is not None and self.edge_bias is not None and statistics.shape[1] > len(STATISTICS):
             weight, bias = self.edge_weight, self.edge_bias
-        return F.linear(statistics[:, : len(weight)].float(), weight[None].float(), bias.float())[:, 0]
+        return F.linear(statistics[:, : len(weight)], weight[None].float(), bias.float())[:, 0]
