@@ -30,6 +30,7 @@ VARIANTS: dict[str, RefineOptions] = {
     "depth=2": RefineOptions(depth=2),
     "depth=1": RefineOptions(depth=1),
     'depth="auto"': RefineOptions(depth="auto"),
+    "segment=False": RefineOptions(segment=False),
     "align_pixels=False": RefineOptions(align_pixels=False),
     "incoherence_threshold=0.3": RefineOptions(incoherence_threshold=0.3),
     "incoherence_threshold=0.7": RefineOptions(incoherence_threshold=0.7),

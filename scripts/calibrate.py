@@ -2,7 +2,8 @@
 
     python scripts/calibrate.py RUN_DIR/best OUTPUT_DIR [--data DIR]
 
-Chosen on the held-out ECSSD photos and on Penn-Fudan; the DAVIS scenes play no part here.
+Chosen on the held-out ECSSD photos and on Penn-Fudan; the DAVIS scenes play no part here. Thresholds of 0.5 and 0.5
+leave the incoherence detector as it is.
 """
 
 from __future__ import annotations
@@ -36,8 +37,14 @@ FINER = (0.4, 0.3, 0.2)
 
 
 def predicting(refiner: Refiner, samples: list[MatchedImage]) -> Refiner:
-    """The same refiner with a gain predictor fitted to real detections in both frames, and to ground truth."""
+    """The same refiner with a gain predictor fitted to real detections in both frames, and to ground truth.
+
+    With a segmenter, what it predicts without proposals stays as it was.
+    """
     model = with_gain_predictor(refiner.model)
+    if model.segmenter is not None and refiner.model.gain_predictor is not None:
+        assert model.gain_predictor is not None
+        model.gain_predictor.load_state_dict(refiner.model.gain_predictor.state_dict())
     refiner, accept = Refiner(model), RefineOptions(keep_if_iou_below=0.0, keep_if_gain_below=-1.0)
     statistics: list[torch.Tensor] = []
     assert model.gain_predictor is not None
@@ -66,6 +73,7 @@ def main() -> None:
     parser.add_argument("--tree-keys", action="store_true", help="give it one key of attention for each tree")
     parser.add_argument("--growth", type=float, help="of the object head, as it is otherwise")
     parser.add_argument("--thresholds", type=float, nargs=2, metavar=("ROOT", "FINER"), help="do not search for them")
+    parser.add_argument("--bytes", action="store_true", help="store the weights as int8, instead of float16")
     args = parser.parse_args()
     torch.set_flush_denormal(True)
     photos = list(open_set(args.data, "ecssd_validation"))
@@ -92,7 +100,8 @@ def main() -> None:
         print(thresholds, {name: round(value, 4) for name, value in record.items()}, flush=True)
     best = max(wanted, key=lambda thresholds: scores.get(thresholds, 0.0))
     refiner = predicting(calibrated(*best), photos + list(MatchedSet(args.data / "pennfudan")))
-    print(f"{best} of {scores}: {refiner.save_pretrained(args.output)}")
+    stored = torch.int8 if args.bytes else torch.float16
+    print(f"{best} of {scores}: {refiner.save_pretrained(args.output, dtype=stored)}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,40 @@ def test_the_object_head_is_part_of_the_graphs(tmp_path: Path):
     without = refiner.refine(image, masks=masks, options=options)
     assert without.probs is not None
     assert np.abs(without.probs.numpy() - expected.probs.numpy()).mean() > 20 * PROBABILITY
+
+
+def test_the_segmenter_is_exported_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its proposals, believed whatever they are, are those of the refiner; of some the refinement is refused."""
+    monkeypatch.setattr("transfiner_refine.proposals.LEAST_AGREEMENT", 0.1)
+    refiner = small_refiner(depth=1, segments=True)
+    assert refiner.model.gain_predictor is not None and refiner.model.gain_predictor.proposal_weight is not None
+    # Gains around the threshold, and mostly by what is said of the proposals.
+    weight = torch.linspace(-0.02, 0.03, len(refiner.model.gain_predictor.proposal_weight))
+    weight[-2:] = torch.tensor([1.0, -0.5])
+    refiner.model.gain_predictor.proposal_weight.data.copy_(weight)
+    options = RefineOptions(max_nodes=MAX_NODES, encode="crops", keep_if_iou_below=0, keep_if_gain_below=-1)
+    folder = export_onnx(refiner, tmp_path / "onnx", options=options)
+    config = json.loads((folder / "config.json").read_text())
+    assert [x["name"] for x in config["refiner"]["inputs"][-2:]] == ["given", "proposals"]
+    image, masks = random_image(HEIGHT, WIDTH, seed=1), discs(HEIGHT, WIDTH, CIRCLES).numpy()
+    expected = refiner.refine(image, masks=masks, options=options)
+    without = refiner.refine(image, masks=masks, options=replace(options, segment=False))
+    assert expected.predicted_gain is not None and expected.probs is not None and expected.rois is not None
+    runtime = OnnxRefiner(folder, threads=1)
+    refined = runtime.refine(image, masks=masks, batch_size=3)
+    assert refined.predicted_gain is not None
+    assert not torch.equal(expected.masks, without.masks)
+    np.testing.assert_allclose(refined.rois, expected.rois.numpy(), atol=1.0)
+    np.testing.assert_allclose(refined.predicted_gain, expected.predicted_gain.numpy(), atol=0.01)
+    assert np.mean(refined.masks != np.asarray(expected.masks)) < 0.01
+    middle = float(expected.predicted_gain.median()) + 1e-3
+    change_config(folder, keep_if_gain_below=middle)
+    refused = OnnxRefiner(folder, threads=1).refine(image, masks=masks)
+    assert 0 < refused.kept_coarse.sum() < len(masks)
+    assert np.array_equal(refused.masks[refused.kept_coarse], masks[refused.kept_coarse])
+    (folder / "segmenter.onnx").unlink()
+    with pytest.raises(InvalidInputError, match=r"segmenter\.onnx"):
+        OnnxRefiner(folder)
 
 
 @pytest.mark.parametrize("passes", [1, 2])

@@ -16,8 +16,9 @@ from hub_server import TOKEN, Client, FakeHub, Handler, Repository, client_of
 from safetensors.torch import load_file, save_file
 from small_models import discs, encoder_config, eventful_model, random_image, random_pyramid, small_config
 
-from transfiner_refine import RefineOptions, Refiner, TransfinerConfig, WeightsError
+from transfiner_refine import InvalidInputError, RefineOptions, Refiner, TransfinerConfig, WeightsError
 from transfiner_refine.modeling import hub as hub_module
+from transfiner_refine.modeling.files import LEAST_PACKED
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 
@@ -405,3 +406,40 @@ class TestUpload:
         with pytest.raises(WeightsError, match="org/new could not be uploaded"):
             client.push(saved, "org/new", token=TOKEN)
         assert "org/new" not in hub.repositories or not hub.repositories["org/new"].commits
+
+
+def test_weights_stored_as_bytes(tmp_path: Path):
+    """A quarter of the size, each row within half a step of its own scale; the same again when saved once more."""
+    model = eventful_model(encoder_config())
+    Refiner(model).save_pretrained(tmp_path / "bytes", dtype=torch.int8)
+    Refiner(model).save_pretrained(tmp_path / "halves")
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("bytes", "halves")]
+    assert sizes[0] < 0.65 * sizes[1]
+    again = Refiner.from_pretrained(tmp_path / "bytes")
+    packed = 0
+    for name, value in model.state_dict().items():
+        found = again.model.state_dict()[name]
+        step = value.abs() * 2**-10
+        if value.ndim > 1 and value.numel() >= LEAST_PACKED:
+            step = (value.flatten(1).abs().amax(1) / 127 * 0.51).view(-1, *[1] * (value.ndim - 1)).expand_as(value)
+            packed += 1
+        assert ((found - value).abs() <= step + 1e-7).all(), name
+    assert packed > 10
+    again.save_pretrained(tmp_path / "again", dtype=torch.int8)
+    twice = Refiner.from_pretrained(tmp_path / "again").model.state_dict()
+    for name, value in again.model.state_dict().items():
+        torch.testing.assert_close(twice[name], value, rtol=1e-5, atol=0)
+
+
+def test_other_dtypes_and_torn_bytes_are_refused(tmp_path: Path):
+    refiner = Refiner(eventful_model(encoder_config()))
+    with pytest.raises(InvalidInputError, match="expected a dtype among"):
+        refiner.save_pretrained(tmp_path / "other", dtype=torch.int16)
+    assert not (tmp_path / "other").exists()
+    folder = refiner.save_pretrained(tmp_path / "torn", dtype=torch.int8)
+    weights = load_file(folder / "model.safetensors")
+    scale = next(name for name in weights if name.endswith(".int8_scale"))
+    del weights[scale]
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(WeightsError, match="no finite numbers"):
+        Refiner.from_pretrained(folder)

@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "functional": BASE,
     "inputs": BASE | {"functional"},
     "modeling": BASE | {"functional"},
-    "pipeline": STACK,
+    "proposals": BASE | {"functional", "modeling"},
+    "pipeline": STACK | {"proposals"},
     "refiner": STACK | {"pipeline"},
     "canvas": set(),
     "threads": set(),
@@ -38,7 +39,7 @@ MAY_IMPORT = {
     "bulk": STACK | ON_THE_STACK | {"refiner", "threads"},
     "web": STACK | {"data", "refiner", "canvas", "visualize", "attention"},
     # It traces the network's modules, and repeats around the graphs what the pipeline does around the network.
-    "export": STACK | {"data", "pipeline", "refiner"},
+    "export": STACK | {"data", "proposals", "pipeline", "refiner"},
     "commands": STACK | ON_THE_STACK | {"refiner", "threads", "visualize", "bulk", "export", "web"},
     "cli": STACK | ON_THE_STACK | {"refiner", "visualize", "bulk", "export", "commands"},
 }

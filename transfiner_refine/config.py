@@ -27,7 +27,15 @@ MAX_BOX_MARGIN = 1.0
 
 CUES = ("fine", "coarse", "context", "position", "guidance")
 
-SWITCHES = ("level_embedding", "lower_level_guidance", "joint_levels", "tree_keys", "propagate", "predicts_gain")
+SWITCHES = (
+    "level_embedding",
+    "lower_level_guidance",
+    "joint_levels",
+    "tree_keys",
+    "propagate",
+    "segments",
+    "predicts_gain",
+)
 """Fields of :class:`TransfinerConfig` that are true or false."""
 
 
@@ -65,6 +73,8 @@ class TransfinerConfig:
             before the quadtree, in multiples of 8; 0 for no such head (paper). It goes with an image encoder.
         pixel_widths: Channels of each scale of the pixel head, finest first, which moves outlines onto the edges of the
             photo after the last level; empty for none (paper). It needs the photo, so it goes with an image encoder.
+        segments: Whether a segmenter proposes a mask of what is in each box before the first pass (not in the paper).
+            It needs the photo, so it goes with an image encoder.
         passes: Passes of a call that names none (:attr:`RefineOptions.passes`), as many as the weights are good for; 1
             is the paper's.
         feature_fingerprint: SHA-256 of the detector's weights with which the refiner was saved by an adapter; None for
@@ -96,6 +106,7 @@ class TransfinerConfig:
     predicts_gain: bool = False
     object_channels: int = 0
     pixel_widths: tuple[int, ...] = ()
+    segments: bool = False
     passes: int = 1
     feature_fingerprint: str | None = None
     format_version: int = 1
@@ -165,6 +176,10 @@ class RefineOptions:
         again_if_iou_below: A mask has a further pass only if its IoU with what it was before the last one is below
             this: those that a pass changed a lot are the ones that another one helps; 1 spares only those that have not
             changed at all.
+        segment: Whether the segmenter proposes a mask of what is in each box, for the refinement to start from: it
+            finds what the detector missed or took in far from any outline, and takes longer than the refinement of few
+            instances. A proposal that is far from the coarse mask is left alone. Without effect on a model without a
+            segmenter, and where there is no image.
         incoherence_threshold: Probability above which a cell is an incoherent node; 1.0 and above refines nothing.
         mask_threshold: Probability from which a pixel belongs to the mask.
         token_budget: Tokens held at once, which bounds memory: instances are refined in groups that fit. With the
@@ -183,14 +198,15 @@ class RefineOptions:
         box_margin: Share of the box side added on each of its four sides before the RoI is cut; None takes the model's
             own, which is what it was trained with. A wider one leaves room for what a tight box cuts off, at coarser
             cells.
-        encode: How the image encoder sees the image: ``"crops"`` encodes each instance at a fixed scale, ``"image"``
-            the whole image once, ``"auto"`` whichever needs fewer pixels.
+        encode: How the image encoder, and the segmenter with its own, see the image: ``"crops"`` encodes each instance
+            at a fixed scale, ``"image"`` the whole image once, ``"auto"`` whichever needs fewer pixels.
         return_quadtree: Whether the result carries incoherence maps and quadtrees, for pictures and analysis.
     """
 
     depth: int | Literal["auto"] | None = None
     passes: int | None = None
     again_if_iou_below: float = 0.85
+    segment: bool = True
     incoherence_threshold: float = 0.5
     mask_threshold: float = 0.5
     token_budget: int = 16384
@@ -225,7 +241,7 @@ class RefineOptions:
         for name, low in (("keep_if_iou_below", 0), ("keep_if_gain_below", -1), ("again_if_iou_below", 0)):
             if not _is_number(getattr(self, name), low, 1):
                 raise InvalidInputError(f"expected {name} from {low} to 1, got {getattr(self, name)!r}")
-        for name in ("align_pixels", "return_quadtree"):
+        for name in ("segment", "align_pixels", "return_quadtree"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidInputError(f"expected {name} as True or False, got {getattr(self, name)!r}")
         if self.encode not in ("auto", "image", "crops"):

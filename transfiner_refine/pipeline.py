@@ -25,6 +25,7 @@ from transfiner_refine.modeling.gain import edge_statistics, refinement_statisti
 from transfiner_refine.modeling.model import RefinerModel
 from transfiner_refine.modeling.pixel_head import PIXEL_SIDE, align, enlarge
 from transfiner_refine.modeling.transfiner import TransfinerOutput, above_threshold
+from transfiner_refine.proposals import propose
 from transfiner_refine.types import FeaturePyramid, LevelNodes, RefineDetails
 
 CROP_SIDE = 256
@@ -91,7 +92,9 @@ class Job:
         rois: ``(N, 4)`` float32 xyxy, image pixels: spans with their margin, where ``probs`` lies.
         given: The coarse masks of the call.
         coarse: The masks that this pass starts from: as they were given, or those of the pass before.
-        masks: ``(N, H, W)`` bool, the coarse masks until the refined ones are pasted.
+        proposed: ``(N,)`` bool, where the first pass starts from what the segmenter wrote into ``masks`` instead.
+        proposals: ``(N, 2)`` float32, what it says of its proposals; None where it was not asked.
+        masks: ``(N, H, W)`` bool, the coarse masks until the segmenter's and the refined ones are pasted.
         probs: ``(N, S, S)`` float32, refined probabilities in the RoI frame.
         kept_coarse: ``(N,)`` bool, where the refined mask strayed too far or promised too little.
         settled: ``(N,)`` bool, where the last pass changed next to nothing.
@@ -115,6 +118,8 @@ class Job:
     settled: Tensor
     gain: Tensor | None
     index: Tensor
+    proposed: Tensor
+    proposals: Tensor | None = None
     pyramid: FeaturePyramid | None = None
     table: FeatureTable | None = None
     found: list[Found] = field(default_factory=list)
@@ -130,14 +135,27 @@ class Job:
         What was refused, has settled or is empty is left out.
         """
         index = self.index[~(self.kept_coarse | self.settled)[self.index]]
-        masks = self.masks[index]
-        some = masks.flatten(1).any(dim=1)
-        self.index, held = index[some], boxes_from_masks(masks[some])
-        spans = self.spans[self.index]
-        self.spans[self.index] = torch.cat(
+        some = self.masks[index].flatten(1).any(dim=1)
+        self.index = index[some]
+        self.grow(self.index)
+        self.coarse = CoarseMasks(self.masks, "image")
+        self.proposed = torch.zeros_like(self.proposed)
+
+    def grow(self, index: Tensor) -> None:
+        """Grow the spans of some instances to hold their masks, none of which is empty."""
+        held, spans = boxes_from_masks(self.masks[index]), self.spans[index]
+        self.spans[index] = torch.cat(
             [torch.minimum(spans[:, :2], held[:, :2]), torch.maximum(spans[:, 2:], held[:, 2:])], dim=1
         )
-        self.coarse = CoarseMasks(self.masks, "image")
+
+    def restore(self, index: Tensor, threshold: float) -> None:
+        """Give some instances the masks of the call back."""
+        given = self.given.data[index]
+        if self.given.frame == "box":
+            self.masks[index] = False
+            paste(given.float(), self.boxes[index], self.masks, threshold, index=index)
+        else:
+            self.masks[index] = given if given.dtype == torch.bool else given >= threshold
 
 
 Group = list[tuple[Job, Tensor]]
@@ -226,16 +244,33 @@ class Pipeline:
             settled=torch.zeros(boxes.shape[0], dtype=torch.bool, device=self.device),
             gain=torch.zeros(boxes.shape[0], dtype=torch.float32, device=self.device) if predicts_gain else None,
             index=(has_area & has_pixels & touches_image(boxes, size)).nonzero()[:, 0],
+            proposed=torch.zeros(boxes.shape[0], dtype=torch.bool, device=self.device),
         )
 
     @torch.no_grad()
     def run(self, jobs: Sequence[Job]) -> None:
         """Refine all jobs: their masks, probabilities and flags are written."""
+        for job in jobs:
+            self._propose(job)
+            if job.image is not None and len(jobs) > 1:
+                job.image.forget()
         self._pass(jobs, 0)
         for number in range(1, self.passes):
             for job in jobs:
                 job.start_again()
             self._pass(jobs, number)
+
+    def _propose(self, job: Job) -> None:
+        """Let the segmenter replace coarse masks, where there is one."""
+        segmenter, options = self.model.segmenter, self.options
+        asked = segmenter is not None and options.segment and self.depth > 0
+        if not asked or job.image is None or job.index.shape[0] == 0:
+            return
+        assert segmenter is not None
+        job.proposals, job.proposed = propose(
+            segmenter, job.image, job.spans, job.masks, job.index, options.encode, options.mask_threshold
+        )
+        job.grow(job.proposed.nonzero()[:, 0])
 
     def _pass(self, jobs: Sequence[Job], number: int) -> None:
         """Refine what is left to refine in all jobs once."""
@@ -247,7 +282,10 @@ class Pipeline:
             depth = depth_of(boxes) if options.depth == "auto" else None
             select = above_threshold(options.incoherence_threshold, options.max_nodes, depth)
             parts = list(zip(group, rois.split([len(index) for _, index in group]), strict=True))
-            coarse = torch.cat([self._coarse(job, job.coarse, index, part) for (job, index), part in parts])
+            coarse = given = torch.cat([self._start(job, index, part) for (job, index), part in parts])
+            has_moved = number > 0 or any(bool(job.proposed[index].any()) for job, index in group)
+            if has_moved:
+                given = torch.cat([self._coarse(job, job.given, index, part) for (job, index), part in parts])
             output = self.model.transfiner(
                 self._features(group, rois), coarse, self.depth, select, options.token_budget
             )
@@ -256,16 +294,17 @@ class Pipeline:
             present = coarse.amax(dim=(1, 2)) >= options.mask_threshold
             agreement = _iou(output.probs, coarse, options.mask_threshold)
             refused = agreement < options.keep_if_iou_below
-            if number > 0 and options.keep_if_iou_below > 0:  # steps that are each small enough may lead far away
-                given = torch.cat([self._coarse(job, job.given, index, part) for (job, index), part in parts])
+            if has_moved:  # steps that are each small enough may lead far away
                 refused |= _iou(output.probs, given, options.mask_threshold) < options.keep_if_iou_below
             gain = None
             if number == 0:  # what is predicted is what all passes win
-                gain = self._gain(output, coarse, pixels, aligned)
+                gain = self._gain(group, output, given, pixels, aligned)
                 refused |= gain < options.keep_if_gain_below
             keep = present & refused
             touched = output.touched & (present & ~keep)[:, None, None]
             probs = torch.where(touched, output.probs, coarse)
+            if number == 0 and has_moved:
+                probs = torch.where(keep[:, None, None], given, probs)
             pasted, where, before = probs, touched, coarse
             if aligned is not None:
                 scale = PIXEL_SIDE // coarse.shape[-1]
@@ -276,9 +315,12 @@ class Pipeline:
             for (job, index), roi in parts:
                 part = slice(start, start + index.shape[0])
                 start = part.stop
-                was = before[part] if job.coarse.frame == "image" else None
-                paste(pasted[part], roi, job.masks, options.mask_threshold, where[part], was, index)
+                in_pixels = job.proposed[index] | (job.coarse.frame == "image")
+                for rows, was in ((in_pixels, before[part][in_pixels]), (~in_pixels, None)):
+                    new, cells = pasted[part][rows], where[part][rows]
+                    paste(new, roi[rows], job.masks, options.mask_threshold, cells, was, index[rows])
                 if number == 0:
+                    job.restore(index[keep[part] & job.proposed[index]], options.mask_threshold)
                     job.kept_coarse[index] = keep[part]
                     if job.gain is not None and gain is not None:
                         job.gain[index] = gain[part]
@@ -310,7 +352,9 @@ class Pipeline:
         pixels = torch.cat(crops)
         return *align(head, pixels, output, coarse), pixels
 
-    def _gain(self, output: TransfinerOutput, coarse: Tensor, pixels: Tensor | None, aligned: Tensor | None) -> Tensor:
+    def _gain(
+        self, group: Group, output: TransfinerOutput, coarse: Tensor, pixels: Tensor | None, aligned: Tensor | None
+    ) -> Tensor:
         """Predicted gains ``(R,)``; infinite where nothing predicts them, so that no refinement is refused."""
         if self.model.gain_predictor is None or self.depth == 0:
             return coarse.new_full((coarse.shape[0],), torch.inf)
@@ -319,7 +363,8 @@ class Pipeline:
             statistics = refinement_statistics(output, coarse, self.options.mask_threshold)
             if pixels is not None and aligned is not None:
                 edges = edge_statistics(pixels, coarse, aligned, self.options.mask_threshold)
-                statistics = torch.cat([statistics, edges], dim=1)
+                proposals = [job.proposals[index] for job, index in group if job.proposals is not None]
+                statistics = torch.cat([statistics, edges, *([torch.cat(proposals)] if proposals else [])], dim=1)
             return self.model.gain_predictor(statistics)
 
     def details(self, job: Job) -> RefineDetails:
@@ -438,6 +483,13 @@ class Pipeline:
         pyramid = replace(self._encode(torch.cat(crops)), scale=scale, origin=windows[:, :2])
         image = torch.arange(rois.shape[0], device=rois.device)
         return self.model.transfiner.roi_pyramid(pyramid, pyramid.to_network(rois, image), image)
+
+    def _start(self, job: Job, index: Tensor, rois: Tensor) -> Tensor:
+        """Probabilities ``(n, S, S)`` that a pass of some instances starts from, in RoIs of theirs."""
+        coarse, proposed = self._coarse(job, job.coarse, index, rois), job.proposed[index]
+        if not bool(proposed.any()):
+            return coarse
+        return torch.where(proposed[:, None, None], crop_masks(job.masks[index], rois, coarse.shape[-1]), coarse)
 
     def _coarse(self, job: Job, masks: CoarseMasks, index: Tensor, rois: Tensor) -> Tensor:
         """Probabilities ``(n, S, S)`` of some instances of a job's coarse masks in RoIs of theirs."""

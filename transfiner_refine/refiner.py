@@ -85,15 +85,21 @@ class Refiner:
         )
         return cls(hub.load_model(folder).to(device=device, dtype=dtype or torch.float32))
 
-    def save_pretrained(self, directory: str | Path) -> Path:
+    def save_pretrained(self, directory: str | Path, *, dtype: torch.dtype = torch.float16) -> Path:
         """Write ``config.json``, ``model.safetensors`` and a model card; returns the directory.
 
-        Weights are stored as float16, half of their size in memory; what is loaded again may differ by its rounding.
+        What is loaded again may differ by the rounding of ``dtype``.
 
         Args:
             directory: Created if needed; an older config and weights are replaced, a model card is kept.
+            dtype: How weights are stored: ``torch.float16``, half of their size in memory, ``torch.float32``, or
+                ``torch.int8``, a quarter, with a scale for each row.
+
+        Raises:
+            InvalidInputError: If ``dtype`` is another one.
+            WeightsError: If a weight is not finite, or the directory cannot be made.
         """
-        return hub.save_model(self.model, Path(directory))
+        return hub.save_model(self.model, Path(directory), dtype)
 
     def push_to_hub(
         self,

@@ -45,6 +45,9 @@ REFINE_OPTIONS: dict[str, Any] = {
     "again_if_iou_below": Annotated[
         float, typer.Option(help="Refine a mask again if its IoU with what it was is lower; 1 always does.")
     ],
+    "segment": Annotated[
+        bool, typer.Option("--segment/--no-segment", help="Let the segmenter propose masks first; without: faster.")
+    ],
     "incoherence_threshold": Annotated[float, typer.Option(help="Probability above which a cell is refined.")],
     "mask_threshold": Annotated[float, typer.Option(help="Probability from which a pixel belongs to the mask.")],
     "token_budget": Annotated[int, typer.Option(help="Tokens held at once; bounds memory.")],

@@ -93,6 +93,7 @@ class RefinerGraph(nn.Module):
         incoherence_threshold: Probability above which a cell is an incoherent node.
         mask_threshold: Probability from which a cell belongs to the mask, for the predicted gain.
         align_pixels: Whether the pixel head is part of the graph, where the model has one.
+        segment: Whether a segmenter runs before, where the model has one, so that the graph starts from its proposals.
     """
 
     def __init__(
@@ -102,18 +103,27 @@ class RefinerGraph(nn.Module):
         incoherence_threshold: float,
         mask_threshold: float,
         align_pixels: bool = True,
+        segment: bool = True,
     ):
         super().__init__()
         self.transfiner: MaskTransfiner = model.transfiner
         self.pixel_head: PixelHead | None = model.pixel_head if align_pixels else None
         self.gain_predictor: GainPredictor | None = model.gain_predictor
+        self.sees_proposals = segment and model.segmenter is not None
         self.strides = model.config.strides
         self.budget = tuple(budget)
         self.incoherence_threshold = incoherence_threshold
         self.mask_threshold = mask_threshold
 
     def forward(
-        self, maps: tuple[Tensor, ...], rois: Tensor, image: Tensor, coarse: Tensor, roi_pixels: Tensor | None = None
+        self,
+        maps: tuple[Tensor, ...],
+        rois: Tensor,
+        image: Tensor,
+        coarse: Tensor,
+        roi_pixels: Tensor | None = None,
+        given: Tensor | None = None,
+        proposals: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Refine R RoIs.
 
@@ -123,6 +133,8 @@ class RefinerGraph(nn.Module):
             image: ``(R,)`` int64, whose maps of the B serve each RoI.
             coarse: ``(R, S, S)`` float32 coarse probabilities, ``S = 28 · 2^(levels - 1)``.
             roi_pixels: ``(R, 3, P, P)`` float32, RGB in [0, 1] of each RoI, for the pixel head; None without one.
+            given: ``(R, S, S)`` float32, the coarse probabilities before the segmenter; None without one.
+            proposals: ``(R, 2)`` float32, the proposals' IoU with the coarse mask and their quality; None without one.
 
         Returns:
             ``(R, S, S)`` float32 refined probabilities; ``(R, S, S)`` bool, the cells that a node or an ancestor of
@@ -147,10 +159,11 @@ class RefinerGraph(nn.Module):
         refined = output.probs[:count], output.touched[:count], *aligned
         if self.gain_predictor is None:
             return refined
-        statistics = refinement_statistics(output, spared, self.mask_threshold)[:count]
+        before = coarse if given is None else given
+        statistics = refinement_statistics(output, _append_zeros(before), self.mask_threshold)[:count]
         if aligned and roi_pixels is not None:
-            edges = edge_statistics(roi_pixels, coarse, aligned[0], self.mask_threshold)
-            statistics = torch.cat([statistics, edges], dim=1)
+            edges = edge_statistics(roi_pixels, before, aligned[0], self.mask_threshold)
+            statistics = torch.cat([statistics, edges, *([] if proposals is None else [proposals])], dim=1)
         return *refined, self.gain_predictor(statistics)
 
     def _detect(self, roi_pyramid: RoIPyramid, coarse: Sequence[Tensor]) -> tuple[Detection, list[Tensor]]:

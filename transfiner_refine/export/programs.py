@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
+from transfiner_refine import proposals
 from transfiner_refine.config import ROOT_SIDE, RefineOptions
 from transfiner_refine.data.coco import check_output, write_atomic, write_json_atomic
 from transfiner_refine.errors import InvalidInputError, MissingDependencyError
@@ -22,6 +23,7 @@ from transfiner_refine.functional.crops import OUTSIDE
 from transfiner_refine.functional.paste import LEAST_CHANGE
 from transfiner_refine.functional.sampling import OBJECT_STRIDE
 from transfiner_refine.modeling.pixel_head import PIXEL_SIDE
+from transfiner_refine.modeling.segmenter import CANDIDATES, MASK_STRIDE
 from transfiner_refine.pipeline import CROP_SIDE, CROP_SPAN
 from transfiner_refine.refiner import Refiner
 
@@ -44,13 +46,17 @@ class RefinerPrograms:
             a detector makes the features.
         refiner: ``((maps, ...), rois, image, coarse)``, and ``roi_pixels`` with a pixel head, to ``probs``, ``touched``
             and, where the model has them, ``aligned`` and ``gain``; see
-            :class:`transfiner_refine.export.graphs.RefinerGraph`.
+            :class:`transfiner_refine.export.graphs.RefinerGraph`. Behind a segmenter it takes ``given`` and
+            ``proposals``, too.
         config: What ``config.json`` says of them: inputs, frames, sizes, thresholds and node budget.
+        segmenter: ``pixels (N, 3, 448, 448)`` float32 RGB in [0, 1] and ``boxes (N, 4)`` in them to ``logits
+            (N, 3, 112, 112)`` and ``quality (N, 3)``; None without one.
     """
 
     image_encoder: ExportedProgram | None
     refiner: ExportedProgram
     config: dict[str, Any]
+    segmenter: ExportedProgram | None = None
 
     def save(self, directory: str | Path) -> Path:
         """Write ``refiner.pt2``, ``image_encoder.pt2`` and ``config.json``; returns the folder.
@@ -93,8 +99,8 @@ class RefinerPrograms:
         return _write(Path(directory), files, self.config | {"opset": opset})
 
     def _programs(self) -> dict[str, ExportedProgram]:
-        encoder = {} if self.image_encoder is None else {"image_encoder": self.image_encoder}
-        return encoder | {"refiner": self.refiner}
+        programs = {"image_encoder": self.image_encoder, "segmenter": self.segmenter, "refiner": self.refiner}
+        return {name: program for name, program in programs.items() if program is not None}
 
 
 def export_program(
@@ -109,7 +115,7 @@ def export_program(
         refiner: The refiner.
         max_nodes: Nodes per RoI and level, one number (as ``RefineOptions.max_nodes``) or one for each level; None
             takes ``options.max_nodes``, or without that what real outlines need. Time and memory follow it.
-        options: ``depth``, ``align_pixels`` and the thresholds, which become constants, ``passes`` and
+        options: ``depth``, ``segment``, ``align_pixels`` and the thresholds, which become constants, ``passes`` and
             ``again_if_iou_below``; the depth ``"auto"`` is the model's own. The graph is of one pass: what runs it
             takes several.
 
@@ -135,8 +141,19 @@ def export_program(
         pixels = torch.zeros(EXAMPLES, 3, 2 * CROP_SIDE, CROP_SIDE)
         encoder = _trace(EncoderGraph(model.image_encoder), (pixels,), (dynamic | sides,))
     graph = RefinerGraph(
-        model, budget, options.incoherence_threshold, options.mask_threshold, align_pixels=options.align_pixels
+        model,
+        budget,
+        options.incoherence_threshold,
+        options.mask_threshold,
+        align_pixels=options.align_pixels,
+        segment=options.segment,
     )
+    segmenter = None
+    if graph.sees_proposals:
+        pixels = torch.zeros(EXAMPLES, 3, proposals.CROP_SIDE, proposals.CROP_SIDE)
+        boxes = torch.tensor([[100.0, 100.0, 300.0, 300.0]]).repeat(EXAMPLES, 1)
+        assert model.segmenter is not None
+        segmenter = _trace(model.segmenter, (pixels, boxes), (dynamic, dynamic))
     side = ROOT_SIDE << (depth - 1)
     shapes = [(config.feature_channels, s) for s in config.strides]
     if config.object_channels:
@@ -144,11 +161,14 @@ def export_program(
     maps = tuple(torch.zeros(2, channels, 768 // s, 512 // s) for channels, s in shapes)
     rois = torch.tensor([[0.0, 0.0, 100.0, 100.0]]).repeat(EXAMPLES, 1)
     inputs = (maps, rois, torch.zeros(EXAMPLES, dtype=torch.long), torch.zeros(EXAMPLES, side, side))
-    if graph.pixel_head is not None:
-        inputs += (torch.zeros(EXAMPLES, 3, PIXEL_SIDE, PIXEL_SIDE),)
+    has_pixels = graph.pixel_head is not None
+    inputs += (torch.zeros(EXAMPLES, 3, PIXEL_SIDE, PIXEL_SIDE) if has_pixels else None,)
+    if graph.sees_proposals:
+        inputs += (torch.zeros(EXAMPLES, side, side), torch.zeros(EXAMPLES, 2))
     of_map = dynamic | {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
-    program = _trace(graph, inputs, ((of_map,) * len(maps), *[dynamic] * (len(inputs) - 1)))
-    return RefinerPrograms(encoder, program, _describe(refiner, options, budget))
+    shapes_of = [None if x is None else dynamic for x in inputs[1:]]
+    program = _trace(graph, inputs, ((of_map,) * len(maps), *shapes_of))
+    return RefinerPrograms(encoder, program, _describe(refiner, options, budget), segmenter)
 
 
 def export_onnx(
@@ -232,8 +252,29 @@ def _describe(refiner: Refiner, options: RefineOptions, budget: tuple[int, ...])
         outputs.append(_value("aligned", shape, "float32", "refined probabilities of pixels, RoI frame"))
     if refiner.model.gain_predictor is not None:
         outputs.append(_value("gain", ["N"], "float32", "predicted gain of Boundary IoU"))
+    starts, segmenter = [], None
+    if refiner.model.segmenter is not None and options.segment:
+        starts = [
+            _value("given", ["N", side, side], "float32", "coarse probabilities before the segmenter, RoI frame"),
+            _value("proposals", ["N", 2], "float32", "IoU of each proposal with the coarse mask, and its quality"),
+        ]
+        sides = [proposals.CROP_SIDE, proposals.CROP_SIDE]
+        map_sides = [side // MASK_STRIDE for side in sides]
+        segmenter = {
+            "inputs": [
+                _value("pixels", ["N", 3, *sides], "float32", "RGB in [0, 1]"),
+                _value("boxes", ["N", 4], "float32", "xyxy, pixels of these"),
+            ],
+            "outputs": [
+                _value("logits", ["N", CANDIDATES, *map_sides], "float32", "of the masks proposed"),
+                _value("quality", ["N", CANDIDATES], "float32", "expected IoU of each"),
+            ],
+            "crop_span": proposals.CROP_SPAN,
+            "least_agreement": proposals.LEAST_AGREEMENT,
+        }
     return {
         "format_version": runtime.FORMAT_VERSION,
+        "segmenter": segmenter,
         "feature_source": config.feature_source,
         "image_encoder": {
             "inputs": [_value("pixels", ["B", 3, "H", "W"], "float32", "RGB in [0, 1]; H and W are multiples of 32")],
@@ -248,6 +289,7 @@ def _describe(refiner: Refiner, options: RefineOptions, budget: tuple[int, ...])
                 _value("image", ["N"], "int64", "which of the B images each RoI lies in"),
                 _value("coarse", ["N", side, side], "float32", "coarse probabilities, RoI frame"),
                 *pixels,
+                *starts,
             ],
             "outputs": outputs,
         },

@@ -79,6 +79,7 @@ class OnnxRefiner:
             return onnxruntime.InferenceSession(str(folder / name), settings, providers=list(providers))
 
         self._encoder, self._refiner = session("image_encoder.onnx"), session("refiner.onnx")
+        self._segmenter = session("segmenter.onnx") if self.config.get("segmenter") else None
         self._outputs = [x.name for x in self._refiner.get_outputs()]
 
     def refine(self, image: np.ndarray, *, masks: np.ndarray, boxes: Any = None, batch_size: int = 4) -> RefinedMasks:
@@ -114,23 +115,70 @@ class OnnxRefiner:
             predicted_gain=np.zeros(len(masks), np.float32) if "gain" in self._outputs else None,
         )
         pyramid = _ImagePyramid(image, config["outside"])
+        proposals = np.zeros((len(masks), 2), np.float32)
+        proposed = np.zeros(len(masks), np.bool_)
+        if self._segmenter is not None:
+            for i in usable:
+                proposals[i], new = self._propose(pyramid, masks[i], spans[i])
+                if new is not None:
+                    proposed[i], refined[i] = True, new
+            spans[proposed] = _holding(spans[proposed], refined[proposed])
         settled = np.zeros(len(masks), np.bool_)
         for number in range(config.get("passes", 1)):
             if number:  # from the refined masks, in boxes that hold them
                 usable = np.array([i for i in usable if not settled[i] and refined[i].any()], np.int64)
-                held = _boxes_of(refined[usable])
-                spans[usable, :2] = np.minimum(spans[usable, :2], held[:, :2])
-                spans[usable, 2:] = np.maximum(spans[usable, 2:], held[:, 2:])
+                spans[usable] = _holding(spans[usable], refined[usable])
             for start in range(0, len(usable), batch_size):
                 index = usable[start : start + batch_size]
                 rois = _grown(spans[index], config["box_margin"])
-                given = refined if number else masks
-                coarse = np.stack([_crop_mask(given[i], roi, side) for i, roi in zip(index, rois, strict=True)])
-                first = None
-                if number:
-                    first = np.stack([_crop_mask(masks[i], roi, side) for i, roi in zip(index, rois, strict=True)])
-                settled[index] = self._refine(pyramid, index, rois, coarse, first, number, result)
+                pairs = list(zip(index, rois, strict=True))
+                first = np.stack([_crop_mask(masks[i], roi, side) for i, roi in pairs])
+                moved = proposed | (number > 0)
+                coarse = np.stack(
+                    [_crop_mask(refined[i], roi, side) if moved[i] else first[k] for k, (i, roi) in enumerate(pairs)]
+                )
+                settled[index] = self._refine(pyramid, index, rois, coarse, first, proposals[index], number, result)
+                if number == 0:
+                    for i in index[proposed[index] & result.kept_coarse[index]]:
+                        refined[i] = masks[i] if masks.dtype == np.bool_ else masks[i] >= threshold
         return result
+
+    def _propose(
+        self, pyramid: _ImagePyramid, mask: np.ndarray, box: np.ndarray
+    ) -> tuple[tuple[float, float], np.ndarray | None]:
+        """Ask the segmenter what is in a box ``(4,)``.
+
+        Returns:
+            The IoU of its proposal with the coarse mask ``(H, W)`` and the quality that it expects; and the mask
+            ``(H, W)`` bool, None if it is too far from the coarse one.
+        """
+        config, threshold = self.config["segmenter"], self.config["mask_threshold"]
+        crop_side = config["inputs"][0]["shape"][-1]
+        height, width = mask.shape
+        low, high = box[:2], box[2:]
+        side = np.float32(min((high - low).max() * np.float32(crop_side / config["crop_span"]), max(mask.shape)))
+        room = np.maximum(np.array([width, height], np.float32) - side, 0)
+        origin = np.minimum(np.maximum((low + high - side) / 2, 0), room)
+        window = np.concatenate([origin, origin + side]).astype(np.float32)
+        pixels = pyramid.crop(window, crop_side)[None].astype(np.float32)
+        inside = ((box - np.tile(origin, 2)) * (np.float32(crop_side) / side))[None].astype(np.float32)
+        assert self._segmenter is not None
+        logits, quality = (
+            x[0] for x in self._segmenter.run(["logits", "quality"], {"pixels": pixels, "boxes": inside})
+        )
+        cells = logits.shape[-1]
+        coarse = _crop_mask(mask, window, cells) >= threshold
+        found = logits > 0
+        agreement = (found & coarse).sum(axis=(1, 2)) / (found | coarse).sum(axis=(1, 2)).clip(min=1)
+        best = int((quality * np.sqrt(agreement)).argmax())
+        said = (float(agreement[best]), float(quality[best]))
+        if agreement[best] < config["least_agreement"]:
+            return said, None
+        new = np.zeros(mask.shape, np.bool_)
+        everywhere = np.ones((cells, cells), np.bool_)
+        below = np.full((cells, cells), np.float32(-1e4))
+        _paste(logits[best], below, everywhere, window, new, 0.0, 0.0)
+        return said, new
 
     def _refine(
         self,
@@ -138,31 +186,34 @@ class OnnxRefiner:
         index: np.ndarray,
         rois: np.ndarray,
         coarse: np.ndarray,
-        first: np.ndarray | None,
+        first: np.ndarray,
+        proposals: np.ndarray,
         number: int,
         result: RefinedMasks,
     ) -> np.ndarray:
         """Refine n instances once, in pass ``number``, and write what they became into the result.
 
-        ``first`` are the masks of the call, None in the first pass, where ``coarse`` are.
+        ``coarse`` is what the pass starts from, ``first`` are the masks of the call; ``proposals`` is what the
+        segmenter says of its own.
 
         Returns:
             ``(n,)`` bool, where another pass would be wasted.
         """
         config = self.config
         threshold, side = config["mask_threshold"], config["roi_side"]
-        outputs = self._run(pyramid, rois, coarse)
+        outputs = self._run(pyramid, rois, coarse, first, proposals)
         found, touched = outputs["probs"], outputs["touched"]
         present = coarse.max(axis=(1, 2)) >= threshold
         agreement = _iou(found >= threshold, coarse >= threshold)
         refused = agreement < config["keep_if_iou_below"]
-        if first is not None:
-            refused |= _iou(found >= threshold, first >= threshold) < config["keep_if_iou_below"]
+        refused |= _iou(found >= threshold, first >= threshold) < config["keep_if_iou_below"]
         if number == 0 and "gain" in outputs:
             refused |= outputs["gain"] < config["keep_if_gain_below"]
         keep = present & refused
         touched &= (present & ~refused)[:, None, None]
         probs = np.where(touched, found, coarse)
+        if number == 0:
+            probs = np.where(keep[:, None, None], first, probs)
         pasted, before = probs, coarse
         if "aligned" in outputs:
             pixel_side = config["pixel_side"]
@@ -181,7 +232,9 @@ class OnnxRefiner:
         result.probs[index[accepted]], result.rois[index[accepted]] = probs[accepted], rois[accepted]
         return keep | (agreement >= config.get("again_if_iou_below", 1.0))
 
-    def _run(self, pyramid: _ImagePyramid, rois: np.ndarray, coarse: np.ndarray) -> dict[str, np.ndarray]:
+    def _run(
+        self, pyramid: _ImagePyramid, rois: np.ndarray, coarse: np.ndarray, first: np.ndarray, proposals: np.ndarray
+    ) -> dict[str, np.ndarray]:
         """Encode a window around each of n RoIs, and refine: the graph's outputs by name."""
         crop_side = self.config["crop_side"]
         centre = (rois[:, :2] + rois[:, 2:]) / 2
@@ -196,6 +249,8 @@ class OnnxRefiner:
         feed |= dict(zip(names, maps, strict=True))
         if "aligned" in self._outputs:
             feed["roi_pixels"] = np.stack([pyramid.crop(roi, self.config["pixel_side"], samples=None) for roi in rois])
+        if self._segmenter is not None:
+            feed |= {"given": first, "proposals": proposals}
         return dict(zip(self._outputs, self._refiner.run(None, feed), strict=True))
 
 
@@ -311,6 +366,12 @@ def _boxes_of(masks: np.ndarray) -> np.ndarray:
     return boxes
 
 
+def _holding(boxes: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    """Boxes ``(n, 4)`` grown to hold masks ``(n, H, W)`` bool."""
+    held = _boxes_of(masks)
+    return np.concatenate([np.minimum(boxes[:, :2], held[:, :2]), np.maximum(boxes[:, 2:], held[:, 2:])], axis=1)
+
+
 def _grown(boxes: np.ndarray, margin: float) -> np.ndarray:
     """Boxes ``(n, 4)`` with a margin on all sides, as a share of theirs."""
     size = np.float32(margin) * (boxes[:, 2:] - boxes[:, :2])
@@ -382,6 +443,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"expected an export with an image encoder in {folder}, got one for the features of "
             f"{config['feature_source']!r}: run its refiner.onnx on that detector's maps"
         )
-    if missing := [x for x in ("image_encoder.onnx", "refiner.onnx") if not (folder / x).is_file()]:
+    wanted = ["image_encoder.onnx", "refiner.onnx"] + ["segmenter.onnx"] * bool(config.get("segmenter"))
+    if missing := [x for x in wanted if not (folder / x).is_file()]:
         raise InvalidInputError(f"expected {' and '.join(missing)} in {folder}: export with the ONNX format")
     return config

@@ -27,6 +27,9 @@ STATISTICS = (
 EDGE_STATISTICS = ("coarse_blur", "coarse_stray", "refined_blur", "refined_stray")
 """What :func:`edge_statistics` returns, in this order."""
 
+PROPOSAL_STATISTICS = ("proposal_agreement", "proposal_quality")
+"""What the segmenter says of its proposal: the IoU with the coarse mask, and the IoU that it expects."""
+
 SMALLEST_CHANGE = 0.01
 """Share of the coarse mask below which an area is as good as none."""
 
@@ -141,9 +144,10 @@ class GainPredictor(nn.Module):
 
     Args:
         sees_edges: Whether it has a second function, for refinements whose edge statistics are known.
+        sees_proposals: Whether it has a third one, for those that a segmenter made a proposal for besides.
     """
 
-    def __init__(self, sees_edges: bool = False) -> None:
+    def __init__(self, sees_edges: bool = False, sees_proposals: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(len(STATISTICS)))
         self.bias = nn.Parameter(torch.zeros(1))
@@ -152,14 +156,30 @@ class GainPredictor(nn.Module):
         if sees_edges:
             self.edge_weight = nn.Parameter(torch.zeros(len(STATISTICS) + len(EDGE_STATISTICS)))
             self.edge_bias = nn.Parameter(torch.zeros(1))
+        self.proposal_weight: nn.Parameter | None = None
+        self.proposal_bias: nn.Parameter | None = None
+        if sees_proposals:
+            count = len(STATISTICS) + len(EDGE_STATISTICS) + len(PROPOSAL_STATISTICS)
+            self.proposal_weight = nn.Parameter(torch.zeros(count))
+            self.proposal_bias = nn.Parameter(torch.zeros(1))
+
+    @property
+    def functions(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Weights and bias of each function that it has, those of more statistics behind."""
+        pairs = (
+            (self.weight, self.bias),
+            (self.edge_weight, self.edge_bias),
+            (self.proposal_weight, self.proposal_bias),
+        )
+        return [(weight, bias) for weight, bias in pairs if weight is not None and bias is not None]
 
     def forward(self, statistics: Tensor) -> Tensor:
         """Map statistics to predicted gains ``(R,)`` float32.
 
         Args:
-            statistics: ``(R, 10)``, or ``(R, 14)`` with the edge statistics after them.
+            statistics: ``(R, 10)``, or ``(R, 14)`` with the edge statistics after them, or ``(R, 16)`` with those of
+                proposals after these.
         """
-        weight, bias = self.weight, self.bias
-        if self.edge_weight is not None and self.edge_bias is not None and statistics.shape[1] > len(STATISTICS):
-            weight, bias = self.edge_weight, self.edge_bias
-        return F.linear(statistics[:, : len(weight)], weight[None].float(), bias.float())[:, 0]
+        known = [pair for pair in self.functions if pair[0].shape[0] <= statistics.shape[1]]
+        weight, bias = known[-1]
+        return F.linear(statistics[:, : weight.shape[0]], weight[None].float(), bias.float())[:, 0]

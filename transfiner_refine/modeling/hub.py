@@ -1,6 +1,7 @@
 """Where refiners are kept: the package, a directory, or the Hugging Face Hub.
 
-A model is ``config.json`` and ``model.safetensors``; weights are stored in half precision and load strictly.
+A model is ``config.json`` and ``model.safetensors``; weights are stored in half precision, or as bytes with a scale for
+each row, and load strictly.
 """
 
 import json
@@ -25,11 +26,14 @@ from safetensors.torch import load_file
 
 from transfiner_refine.config import TransfinerConfig
 from transfiner_refine.errors import InvalidInputError, WeightsError
-from transfiner_refine.modeling.files import CONFIG, WEIGHTS, read_config, write_weights
+from transfiner_refine.modeling.files import CONFIG, WEIGHTS, packed, read_config, unpacked, write_weights
 from transfiner_refine.modeling.model import RefinerModel
 
 EMBEDDED = Path(__file__).parent.parent / "pretrained"
 CARD = "README.md"
+
+STORED = torch.float16, torch.float32, torch.int8
+"""Dtypes in which weights are stored."""
 
 
 def find_model(
@@ -122,7 +126,7 @@ def load_model(directory: Path) -> RefinerModel:
     config = load_config(directory)
     path = directory / WEIGHTS
     try:
-        weights = load_file(path)
+        weights = unpacked(load_file(path))
     except FileNotFoundError as error:
         raise WeightsError(f"expected {CONFIG} and {WEIGHTS} in {directory}, {WEIGHTS} is missing") from error
     except (SafetensorError, OSError) as error:
@@ -153,15 +157,20 @@ def save_model(model: RefinerModel, directory: Path, dtype: torch.dtype = torch.
     Args:
         model: The model.
         directory: Created if needed.
-        dtype: Dtype of the stored weights.
+        dtype: Dtype of the stored weights; ``torch.int8`` stores a scale for each row besides.
 
     Returns:
         The directory.
 
     Raises:
+        InvalidInputError: If weights cannot be stored in ``dtype``.
         WeightsError: If a weight is not finite, or too large for ``dtype``, or the directory cannot be made.
     """
-    weights = {name: value.detach().to("cpu", dtype).contiguous() for name, value in model.state_dict().items()}
+    if dtype not in STORED:
+        raise InvalidInputError(f"expected a dtype among {STORED} to store weights in, got {dtype}")
+    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    if dtype != torch.int8:
+        weights = {name: value.to(dtype) for name, value in weights.items()}
     if wrong := [name for name, value in weights.items() if not value.isfinite().all()]:
         raise WeightsError(
             f"expected finite weights within the range of {dtype}, got others in {len(wrong)} tensors, the first "
@@ -173,7 +182,7 @@ def save_model(model: RefinerModel, directory: Path, dtype: torch.dtype = torch.
         raise WeightsError(f"expected a directory to save to, got {directory}: {error.strerror}") from error
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         temporary = Path(scratch)
-        write_weights(temporary / WEIGHTS, weights)
+        write_weights(temporary / WEIGHTS, packed(weights) if dtype == torch.int8 else weights)
         (temporary / CONFIG).write_text(json.dumps(asdict(model.config), indent=2) + "\n", encoding="utf-8")
         if not (directory / CARD).exists():  # one that is there may have been written by hand
             (temporary / CARD).write_text(model_card(model.config), encoding="utf-8")

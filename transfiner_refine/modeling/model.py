@@ -9,6 +9,7 @@ from transfiner_refine.modeling.efficientnet_lite import EfficientNetLite
 from transfiner_refine.modeling.gain import GainPredictor
 from transfiner_refine.modeling.image_encoder import ImageEncoder
 from transfiner_refine.modeling.pixel_head import PixelHead
+from transfiner_refine.modeling.segmenter import Segmenter
 from transfiner_refine.modeling.transfiner import MaskTransfiner
 from transfiner_refine.types import FeaturePyramid
 
@@ -22,12 +23,13 @@ class RefinerModel(nn.Module):
         config: The architecture.
         image_encoder: None when a detector makes the features.
         transfiner: The paper's network.
+        segmenter: None when refinement starts from the coarse masks.
         pixel_head: None when the outline stays as the quadtree left it.
         gain_predictor: None when the model does not predict gains.
 
     Raises:
         InvalidInputError: If the configuration asks for the image encoder with strides that it does not have, or for an
-            object head without one.
+            object head or a segmenter without one.
     """
 
     def __init__(self, config: TransfinerConfig):
@@ -41,13 +43,22 @@ class RefinerModel(nn.Module):
                 f"expected object_channels 0 on the features of {config.feature_source!r}, got "
                 f"{config.object_channels}: the object head goes with an image encoder"
             )
+        if config.segments and config.feature_source != IMAGE_ENCODER:
+            raise InvalidInputError(
+                f"expected segments false on the features of {config.feature_source!r}, got true: the segmenter goes "
+                "with an image encoder"
+            )
         self.config = config
         self.image_encoder = None
         if config.feature_source == IMAGE_ENCODER:
             self.image_encoder = ImageEncoder(config.feature_channels, config.backbone, config.object_channels)
         self.transfiner = MaskTransfiner(config)
         self.pixel_head = PixelHead(config.pixel_widths) if config.pixel_widths else None
-        self.gain_predictor = GainPredictor(sees_edges=self.pixel_head is not None) if config.predicts_gain else None
+        self.segmenter = Segmenter() if config.segments else None
+        self.gain_predictor = None
+        if config.predicts_gain:
+            sees_edges = self.pixel_head is not None
+            self.gain_predictor = GainPredictor(sees_edges, sees_proposals=sees_edges and config.segments)
 
     def encode_crops(self, crops: Tensor) -> FeaturePyramid:
         """Features of a batch of training crops, ``(R, 3, H, W)`` uint8 RGB, by the image encoder."""

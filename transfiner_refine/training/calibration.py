@@ -70,7 +70,8 @@ def fit_gain(model: RefinerModel, statistics: Tensor, gains: Tensor, weights: Te
         statistics: ``(N, 10)`` float, :func:`~transfiner_refine.modeling.gain.refinement_statistics` of N refinements
             of objects that training did not see, or ``(N, 14)`` with their
             :func:`~transfiner_refine.modeling.gain.edge_statistics` behind them: then both functions of the predictor
-            are fitted.
+            are fitted. ``(N, 16)``, with those of proposals behind these, fits the function of such refinements alone:
+            the others are for refinements without proposals.
         gains: ``(N,)`` float, the Boundary IoU that each of them won.
         weights: ``(N,)`` float above 0, how much each counts; None counts all the same.
 
@@ -80,8 +81,8 @@ def fit_gain(model: RefinerModel, statistics: Tensor, gains: Tensor, weights: Te
     predictor = model.gain_predictor
     if predictor is None:
         raise InvalidInputError("expected a model with a gain predictor, got one without: use with_gain_predictor")
-    functions = [(predictor.weight, predictor.bias), (predictor.edge_weight, predictor.edge_bias)]
-    widths = [len(weight) for weight, _ in functions if weight is not None]
+    functions = predictor.functions
+    widths = [len(weight) for weight, _ in functions]
     width = statistics.shape[1] if statistics.ndim == 2 else 0
     if width not in widths or len(statistics) != len(gains) or len(gains) <= width:
         raise InvalidInputError(
@@ -89,8 +90,9 @@ def fit_gain(model: RefinerModel, statistics: Tensor, gains: Tensor, weights: Te
             f"each gain, got {tuple(statistics.shape)} statistics and {len(gains)} gains: calibrate on more objects"
         )
     share = torch.ones_like(gains, dtype=torch.float64) if weights is None else weights.double()
-    for weight, bias in functions:
-        if weight is not None and bias is not None and len(weight) <= width:
+    of_proposals = width == widths[-1] and predictor.proposal_weight is not None
+    for weight, bias in functions[-1:] if of_proposals else functions:
+        if len(weight) <= width:
             slopes, offset = _ridge(statistics[:, : len(weight)].double(), gains.double(), share / share.sum())
             with torch.no_grad():
                 weight.copy_(slopes)

@@ -233,6 +233,8 @@ def freeze(model: RefinerModel, config: TrainConfig) -> None:
     model.requires_grad_(True)
     if model.pixel_head is not None:
         model.pixel_head.requires_grad_(False)  # it sees edges and colours, which are alike everywhere
+    if model.segmenter is not None:
+        model.segmenter.requires_grad_(False)
     if model.transfiner.object_head is not None:
         model.transfiner.object_head.requires_grad_(False)
     if model.image_encoder is not None:
