@@ -46,7 +46,7 @@ ANEW = (*FRESH, "transfiner.node_encoder.")
 """What starts anew in every variant."""
 
 DETECTOR = "transfiner.incoherence_detector."
-EVERY = RefineOptions(passes=1, keep_if_gain_below=-1.0, keep_if_iou_below=0.0)
+EVERY = RefineOptions(passes=1, segment=False, keep_if_gain_below=-1.0, keep_if_iou_below=0.0)
 BY_ITSELF = replace(EVERY, align_pixels=False)
 SETS = ("davis_dev", "ecssd_validation")
 FIGURES = "figures.json"

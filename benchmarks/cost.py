@@ -27,7 +27,7 @@ from cascade_psp import cascade_psp
 from dataset import MatchedImage
 from dense_reference import refine_densely, refine_sparsely
 from measure import added_memory
-from methods import Method, dense_crf, grabcut, guided_filter, is_installed, refined
+from methods import Method, dense_crf, grabcut, guided_filter, is_installed, refined, with_and_without
 from rich.console import Console
 from rich.table import Table
 from scaling import WIDTH, Scene, encode, make_scene
@@ -143,7 +143,8 @@ def peer_costs(
     refiner: Refiner, methods: dict[str, Method], scene: Scene, counts: tuple[int, ...], singles: int, repeats: int
 ) -> dict[str, dict[int, Cost]]:
     """Cost of every method at every number of instances."""
-    ways = {"refined": refined(refiner), "refined, one pass": refined(refiner, options=RefineOptions(passes=1))}
+    ways = with_and_without(refiner)
+    ways["refined, one pass, no segmenter"] = refined(refiner, options=RefineOptions(passes=1, segment=False))
     ways["refined"](as_sample(scene, 1))  # the first call of a library is not its speed
     costs = {
         name: {n: cost_of(partial(refine, as_sample(scene, n)), repeats) for n in counts}

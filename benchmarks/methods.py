@@ -236,3 +236,11 @@ def refined(refiner: Refiner, coarse: Coarse = Coarse.detector, options: RefineO
         return np.asarray(out.masks.cpu())
 
     return refine
+
+
+def with_and_without(refiner: Refiner, coarse: Coarse = Coarse.detector, name: str = "refined") -> dict[str, Method]:
+    """A refiner as it is, and, if it has a segmenter, without it."""
+    methods = {name: refined(refiner, coarse)}
+    if refiner.model.segmenter is not None:
+        methods[f"{name}, no segmenter"] = refined(refiner, coarse, RefineOptions(segment=False))
+    return methods

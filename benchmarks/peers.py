@@ -21,7 +21,7 @@ from baselines import load_refiner
 from cascade_psp import cascade_psp
 from dataset import DATA, open_set
 from measure import SIZES, Result, measure
-from methods import Coarse, Method, bilinear, dense_crf, grabcut, guided_filter, is_installed, oracle, refined
+from methods import Coarse, Method, bilinear, dense_crf, grabcut, guided_filter, is_installed, oracle, with_and_without
 from rich.console import Console
 from rich.table import Table
 
@@ -116,7 +116,9 @@ def main(
             record["sets"][name] = {"photos": len(samples)}
             for kind in coarse or Coarse:
                 methods = {label: method for label, method in untrained.items() if label not in bound}
-                methods |= {label: refined(one, kind) for label, one in refiners.items()} | bound
+                for label, one in refiners.items():
+                    methods |= with_and_without(one, kind, label)
+                methods |= bound
                 result = measure(samples, methods, kind, dilation, console, with_memory=True)
                 record["sets"][name][kind.value] = result.to_json()
                 count = result.scores["coarse"].count

@@ -17,7 +17,7 @@ import typer
 from baselines import load_refiner
 from dataset import DATA, open_set
 from measure import Result, measure
-from methods import Coarse, Method, bilinear, grabcut, oracle, refined
+from methods import Coarse, Method, bilinear, grabcut, oracle, with_and_without
 from rich.console import Console
 from rich.table import Table
 
@@ -65,7 +65,7 @@ def main(
         if with_grabcut:
             methods["GrabCut"] = grabcut
         if with_refiner:
-            methods["refined"] = refined(load_refiner(model), coarse)
+            methods |= with_and_without(load_refiner(model), coarse)
         if with_oracle:
             methods["oracle"] = oracle
         result = measure(samples, methods, coarse, dilation, console)

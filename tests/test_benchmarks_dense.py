@@ -167,7 +167,7 @@ class TestCost:
 
         refiner = Refiner(eventful_model(encoder_config(depth=1)))
         costs = cost.peer_costs(refiner, {"slow": method}, cost.make_scene(4), (1, 4), 2, 1)
-        assert calls == [2] and set(costs) == {"refined", "refined, one pass", "slow"}
+        assert calls == [2] and set(costs) == {"refined", "refined, one pass, no segmenter", "slow"}
         assert costs["slow"] == {1: cost.Cost(6.0, 5.0, 7), 4: cost.Cost(24.0, 20.0, 7)}
         assert costs["refined"][4] == cost.Cost(12.0, 10.0, 7)
 

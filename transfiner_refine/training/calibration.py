@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from transfiner_refine.config import RefineOptions
 from transfiner_refine.errors import InvalidInputError
 from transfiner_refine.modeling.model import RefinerModel
 
@@ -23,6 +24,21 @@ exact masks make one that refuses the smaller gains with them.
 
 RIDGE = 0.01
 """Weight of the penalty on the coefficients of the statistics, each scaled to unit variance."""
+
+LARGEST_STAKE = 0.3
+"""The same as ``LARGEST_GAIN``, where it is asked what accepting a refinement wins."""
+
+HARM = 2.0
+"""How much a loss counts beside a gain of the same size, there."""
+
+ACCEPTANCE_WIDTH = 0.03
+"""Within about this of the threshold a refinement counts as partly accepted, so that the decision has a slope."""
+
+STRAYING = 1e-3
+"""Weight of the squared change of the coefficients from those of the regression, there."""
+
+STEPS = 300
+"""Most steps of the optimiser, there."""
 
 
 def calibrate_thresholds(model: RefinerModel, thresholds: Sequence[float]) -> None:
@@ -71,7 +87,9 @@ def fit_gain(model: RefinerModel, statistics: Tensor, gains: Tensor, weights: Te
             of objects that training did not see, or ``(N, 14)`` with their
             :func:`~transfiner_refine.modeling.gain.edge_statistics` behind them: then both functions of the predictor
             are fitted. ``(N, 16)``, with those of proposals behind these, fits the function of such refinements alone:
-            the others are for refinements without proposals.
+            the others are for refinements without proposals. It is fitted on to what accepting wins, where a loss
+            counts twice, by the threshold of :attr:`RefineOptions.keep_if_gain_below
+            <transfiner_refine.RefineOptions>`.
         gains: ``(N,)`` float, the Boundary IoU that each of them won.
         weights: ``(N,)`` float above 0, how much each counts; None counts all the same.
 
@@ -93,19 +111,60 @@ def fit_gain(model: RefinerModel, statistics: Tensor, gains: Tensor, weights: Te
     of_proposals = width == widths[-1] and predictor.proposal_weight is not None
     for weight, bias in functions[-1:] if of_proposals else functions:
         if len(weight) <= width:
-            slopes, offset = _ridge(statistics[:, : len(weight)].double(), gains.double(), share / share.sum())
+            fit = _accepting if of_proposals else _ridge
+            slopes, offset = fit(statistics[:, : len(weight)].double(), gains.double(), share / share.sum())
             with torch.no_grad():
                 weight.copy_(slopes)
                 bias.copy_(offset[None])
 
 
-def _ridge(x: Tensor, gains: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """Slopes ``(K,)`` and offset of gains ``(N,)`` by statistics ``(N, K)``, with weights ``(N,)`` that sum to 1."""
+def _ridge(x: Tensor, gains: Tensor, share: Tensor, losses: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Slopes ``(K,)`` and offset of gains ``(N,)`` by statistics ``(N, K)``, with weights ``(N,)`` that sum to 1.
+
+    ``losses`` is what a loss counts beside a gain.
+    """
     y = gains.clamp(-LARGEST_GAIN, LARGEST_GAIN)
-    mean, centre = share @ x, share @ y
-    deviation = (share @ (x - mean) ** 2).sqrt().clamp(min=1e-6)
+    y = torch.where(y < 0, losses * y, y)
+    mean, deviation = _scale(x, share)
+    centre = share @ y
     z = (x - mean) / deviation
     penalty = RIDGE * torch.eye(x.shape[1], dtype=torch.float64, device=z.device)
     weighted = z.T * share  # (K, N)
     slopes = torch.linalg.solve(weighted @ z + penalty, weighted @ (y - centre)) / deviation
     return slopes, centre - slopes @ mean
+
+
+def _accepting(x: Tensor, gains: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`_ridge`, and from there to the largest gain by those that are accepted."""
+    threshold = RefineOptions().keep_if_gain_below
+    slopes, offset = _ridge(x, gains, share, HARM)
+    mean, deviation = _scale(x, share)
+    z = (x - mean) / deviation
+    stakes = gains.clamp(-LARGEST_STAKE, LARGEST_STAKE)
+    stakes = torch.where(stakes < 0, HARM * stakes, stakes)
+    start = slopes * deviation
+    with torch.enable_grad():
+        moved = start.clone().requires_grad_()
+        centre = (offset + slopes @ mean).clone().requires_grad_()
+        optimizer = torch.optim.LBFGS([moved, centre], max_iter=STEPS, line_search_fn="strong_wolfe")
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            accepted = torch.sigmoid((z @ moved + centre - threshold) / ACCEPTANCE_WIDTH)
+            value = STRAYING * ((moved - start) ** 2).sum() - (share * stakes * accepted).sum()
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+    # What decides is on which side of the threshold a prediction lies: how far away is told by the gains once more.
+    distance = (z @ moved + centre).detach() - threshold
+    wanted = gains.clamp(-LARGEST_GAIN, LARGEST_GAIN) - threshold
+    stretch = ((share * distance) @ wanted / ((share * distance) @ distance)).clamp(min=1e-3)
+    slopes = stretch * moved.detach() / deviation
+    return slopes, threshold + stretch * (centre.detach() - threshold) - slopes @ mean
+
+
+def _scale(x: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted mean and deviation ``(K,)`` of statistics ``(N, K)``."""
+    mean = share @ x
+    return mean, (share @ (x - mean) ** 2).sqrt().clamp(min=1e-6)
