@@ -123,7 +123,6 @@ def _refine(
     depth: int,
     select: SelectNodes,
 ) -> Tensor:
-    coarse = model.correct(model.roi_pyramid(features, rois, image), coarse, depth)
     levels = coarse_levels(coarse, depth)
     pyramid = DensePyramid.pool(model, features, rois, image, depth)
     guidance, quadtree = _detect(model, pyramid, levels, select)

@@ -30,7 +30,6 @@ from transfiner_refine import RefineOptions, Refiner, pipeline
 from transfiner_refine.errors import InvalidInputError, TransfinerError
 from transfiner_refine.functional.sampling import FeatureTable
 from transfiner_refine.modeling import transfiner
-from transfiner_refine.modeling.object_head import ObjectHead
 
 ROWS = 4
 """Rows that a bilinear sample reads."""
@@ -83,7 +82,6 @@ def watched(refiner: Refiner, clock: Clock):
 
     parts: list[tuple[Any, str, str, Callable[..., float] | None]] = [
         (type(model.image_encoder), "forward", "image encoder", None),
-        (ObjectHead, "forward", "object head", None),
         (type(network.incoherence_detector), "forward", "incoherence", None),
         (FeatureTable, "sample", "sampling", read),
         (type(network.node_encoder), "forward", "node encoder", None),
@@ -118,8 +116,6 @@ def multiplications(refiner: Refiner, call: Callable[[], object]) -> dict[str, f
     }
     if refiner.model.pixel_head is not None:
         names["pixel head"] = "PixelHead"
-    if refiner.model.transfiner.object_head is not None:
-        names["object head"] = "MaskTransfiner.object_head"
     with counting() as counter:
         call()
     found = counter.get_flop_counts()

@@ -144,12 +144,11 @@ def build_refiner(adapter: Adapter) -> Refiner:
         feature_source=features.feature_source,
         strides=features.strides,
         predicts_gain=False,
-        object_channels=0,
         pixel_widths=(),
+        segments=False,
     )
     model = RefinerModel(config)
-    weights = embedded.transfiner.state_dict()
-    model.transfiner.load_state_dict({name: weights[name] for name in model.transfiner.state_dict()})
+    model.transfiner.load_state_dict(embedded.transfiner.state_dict())
     return Refiner(model)
 
 

@@ -71,7 +71,6 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--passes", type=int, help="of the calibrated model, instead of what it has")
     parser.add_argument("--tree-keys", action="store_true", help="give it one key of attention for each tree")
-    parser.add_argument("--growth", type=float, help="of the object head, as it is otherwise")
     parser.add_argument("--thresholds", type=float, nargs=2, metavar=("ROOT", "FINER"), help="do not search for them")
     parser.add_argument("--bytes", action="store_true", help="store the weights as int8, instead of float16")
     args = parser.parse_args()
@@ -84,11 +83,6 @@ def main() -> None:
         config = model.config
         tree_keys, passes = args.tree_keys or config.tree_keys, args.passes or config.passes
         refiner = Refiner(with_changes(model, tree_keys=tree_keys, passes=passes))
-        if args.growth is not None:
-            head = refiner.model.transfiner.object_head
-            if head is None:
-                raise SystemExit("expected --growth with a model that has an object head, got one without")
-            head.growth.fill_(args.growth)
         calibrate_thresholds(refiner.model, (root, *[finer] * (refiner.config.depth - 1)))
         return refiner
 

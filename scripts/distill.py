@@ -59,7 +59,7 @@ def disagreement(teachers: list[RefinerModel], student: RefinerModel, batch: Cro
         with torch.no_grad():
             features = student.encode_crops(batch.image)
             pyramid = network.roi_pyramid(features, batch.roi, torch.arange(len(batch.roi)))
-            levels = coarse_levels(network.correct(pyramid, batch.coarse, depth), depth)
+            levels = coarse_levels(batch.coarse, depth)
             found = network.incoherence_detector(pyramid, levels, depth, above_threshold(0.5))
             given = (pyramid, levels, found.guidance, found.quadtree)
             answers = [teacher.transfiner.refine_nodes(*given) for teacher in teachers]

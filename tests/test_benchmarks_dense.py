@@ -58,20 +58,6 @@ def test_at_every_depth(benchmark, depth: int):
     torch.testing.assert_close(dense.refine_densely(model, *arguments), sparse, rtol=0, atol=TOLERANCE)
 
 
-def test_with_an_object_head(benchmark):
-    dense = benchmark("dense_reference")
-    whole = eventful_model(encoder_config(object_channels=8))
-    model = whole.transfiner
-    assert model.object_head is not None and whole.image_encoder is not None
-    torch.nn.init.normal_(model.object_head.out.weight, std=0.5)
-    _, *others = scene(model, 3)
-    with torch.no_grad():
-        features = whole.image_encoder(torch.rand(2, 3, 256, 256, generator=torch.Generator().manual_seed(0)))
-        sparse = dense.refine_sparsely(model, features, *others)
-        found = dense.refine_densely(model, features, *others)
-    torch.testing.assert_close(found, sparse, rtol=0, atol=TOLERANCE)
-
-
 def test_with_a_wide_context(benchmark):
     dense = benchmark("dense_reference")
     model = small_transfiner(context_scales=2)

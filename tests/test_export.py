@@ -63,8 +63,6 @@ def small_refiner(**changes) -> Refiner:
         model.gain_predictor.weight.copy_(torch.linspace(-0.02, 0.03, len(STATISTICS)))
         if model.pixel_head is not None:
             torch.nn.init.normal_(model.pixel_head.out.weight, std=0.5)
-        if model.transfiner.object_head is not None:
-            torch.nn.init.normal_(model.transfiner.object_head.out.weight, std=0.5)
     return Refiner(model)
 
 
@@ -102,27 +100,6 @@ def test_no_sum_is_left_to_chance(exported: Path):
     nodes = onnx.load(exported / "refiner.onnx", load_external_data=False).graph.node
     sums = {node.op_type for node in nodes for a in node.attribute if a.name == "reduction" and a.s == b"add"}
     assert sums == {"ScatterElements"}
-
-
-def test_the_object_head_is_part_of_the_graphs(tmp_path: Path):
-    refiner = small_refiner(depth=1, pixel_widths=(), object_channels=8)
-    options = RefineOptions(max_nodes=MAX_NODES, encode="crops", keep_if_gain_below=-1, keep_if_iou_below=0)
-    folder = export_onnx(refiner, tmp_path / "onnx", options=options)
-    config = json.loads((folder / "config.json").read_text())
-    assert config["image_encoder"]["outputs"][-1]["name"] == "objects"
-    change_config(folder, keep_if_gain_below=-1.0, keep_if_iou_below=0.0)
-    image, masks = random_image(HEIGHT, WIDTH, seed=1), discs(HEIGHT, WIDTH, CIRCLES).numpy()
-    expected = refiner.refine(image, masks=masks, options=options)
-    refined = OnnxRefiner(folder, threads=1).refine(image, masks=masks, batch_size=3)
-    assert expected.probs is not None
-    apart = np.abs(refined.probs - expected.probs.numpy())
-    # A cell that is just corrected, or just a node, in one of the two only, moves others a little.
-    assert np.mean(apart > PROBABILITY) < 0.03 and apart.mean() < PROBABILITY
-    assert refiner.model.transfiner.object_head is not None
-    torch.nn.init.zeros_(refiner.model.transfiner.object_head.out.weight)
-    without = refiner.refine(image, masks=masks, options=options)
-    assert without.probs is not None
-    assert np.abs(without.probs.numpy() - expected.probs.numpy()).mean() > 20 * PROBABILITY
 
 
 def test_the_segmenter_is_exported_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -69,8 +69,6 @@ class TransfinerConfig:
             nodes below it, and for each 2×2 reference tokens, in place of a key of each token's own (paper). Its cost
             then grows with the number of nodes, no longer with their square.
         propagate: Whether refined values are handed down to the quadrants (paper, Table 8).
-        object_channels: Channels of the map that the object head sees, which corrects whole regions of the coarse mask
-            before the quadtree, in multiples of 8; 0 for no such head (paper). It goes with an image encoder.
         pixel_widths: Channels of each scale of the pixel head, finest first, which moves outlines onto the edges of the
             photo after the last level; empty for none (paper). It needs the photo, so it goes with an image encoder.
         segments: Whether a segmenter proposes a mask of what is in each box before the first pass (not in the paper).
@@ -104,7 +102,6 @@ class TransfinerConfig:
     tree_keys: bool = False
     propagate: bool = True
     predicts_gain: bool = False
-    object_channels: int = 0
     pixel_widths: tuple[int, ...] = ()
     segments: bool = False
     passes: int = 1
@@ -136,8 +133,6 @@ class TransfinerConfig:
             raise InvalidInputError(f"expected canonical_level of at least 0, got {self.canonical_level!r}")
         if not _is_whole(self.depth, 0, MAX_DEPTH):
             raise InvalidInputError(f"expected depth 0 to {MAX_DEPTH}, got {self.depth!r}")
-        if not _is_whole(self.object_channels, 0) or self.object_channels % 8:
-            raise InvalidInputError(f"expected object_channels as a multiple of 8, got {self.object_channels!r}")
         if len(self.pixel_widths) > 5 or not all(_is_whole(width, 1) for width in self.pixel_widths):
             raise InvalidInputError(f"expected at most five pixel_widths, integers above 0, got {self.pixel_widths}")
         if not _is_whole(self.context_scales, 0, 2):

@@ -33,7 +33,6 @@ class FeaturePyramid:
         scale: ``(B, 2)`` float, network pixels per image pixel in x and y; None means 1.
         origin: ``(B, 2)`` float, position in the image of the network input's upper left corner; None means 0.
         source: What made the features: ``"image_encoder"`` or the name of an adapter.
-        objects: ``(B, E, H / 4, W / 4)`` float, the image encoder's map for the object head; None without one.
 
     Raises:
         InvalidInputError: If the maps, strides, scale and origin do not fit each other.
@@ -44,7 +43,6 @@ class FeaturePyramid:
     scale: Tensor | None = None
     origin: Tensor | None = None
     source: str = "detector"
-    objects: Tensor | None = None
 
     def __post_init__(self) -> None:
         maps = tuple(self.maps.values() if isinstance(self.maps, Mapping) else self.maps)
@@ -56,11 +54,6 @@ class FeaturePyramid:
         object.__setattr__(self, "strides", tuple(operator.index(stride) for stride in self.strides))
         self._check_strides()
         self._check_maps()
-        if self.objects is not None and (self.objects.ndim != 4 or self.objects.shape[0] != self.batch_size):
-            raise InvalidInputError(
-                f"expected objects of shape ({self.batch_size}, E, H / 4, W / 4), got {tuple(self.objects.shape)}: "
-                "it is the image encoder's own map"
-            )
         self._check_per_image("scale", self.scale)
         self._check_per_image("origin", self.origin)
         if self.scale is not None and not bool((self.scale > 0).all()):
@@ -85,7 +78,6 @@ class FeaturePyramid:
             maps=tuple(level.to(device=device, dtype=dtype) for level in self.maps),
             scale=None if self.scale is None else self.scale.to(device=device),
             origin=None if self.origin is None else self.origin.to(device=device),
-            objects=None if self.objects is None else self.objects.to(device=device, dtype=dtype),
         )
 
     def to_network(self, boxes: Tensor, image_index: Tensor) -> Tensor:

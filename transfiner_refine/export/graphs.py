@@ -72,7 +72,7 @@ def node_budget(max_nodes: int | Sequence[int] | None, depth: int) -> tuple[int,
 
 
 class EncoderGraph(nn.Module):
-    """The image encoder with a plain tuple of maps as its result, the object head's last."""
+    """The image encoder with a plain tuple of maps as its result."""
 
     def __init__(self, image_encoder: ImageEncoder):
         super().__init__()
@@ -80,12 +80,11 @@ class EncoderGraph(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """Encode ``(B, 3, H, W)`` float32 RGB in [0, 1] to ``(B, D, ceil(H / s), ceil(W / s))`` maps, finest first."""
-        pyramid = self.image_encoder(pixels)
-        return pyramid.maps if pyramid.objects is None else (*pyramid.maps, pyramid.objects)
+        return self.image_encoder(pixels).maps
 
 
 class RefinerGraph(nn.Module):
-    """Object head, Mask Transfiner, pixel head and gain predictor at a fixed node budget.
+    """Mask Transfiner, pixel head and gain predictor at a fixed node budget.
 
     Args:
         model: The refiner's model, whose modules are used as they are.
@@ -128,7 +127,7 @@ class RefinerGraph(nn.Module):
         """Refine R RoIs.
 
         Args:
-            maps: ``(B, D, H_l, W_l)`` float32 each, finest first; behind them the object head's map, if there is one.
+            maps: ``(B, D, H_l, W_l)`` float32 each, finest first.
             rois: ``(R, 4)`` float32 xyxy, network frame.
             image: ``(R,)`` int64, whose maps of the B serve each RoI.
             coarse: ``(R, S, S)`` float32 coarse probabilities, ``S = 28 · 2^(levels - 1)``.
@@ -142,15 +141,10 @@ class RefinerGraph(nn.Module):
             and ``(R,)`` float32 predicted gains, where the model predicts them.
         """
         count = rois.shape[0]
-        levels = len(self.strides)
-        pyramid = FeaturePyramid(maps[:levels], self.strides, objects=maps[levels] if len(maps) > levels else None)
-        roi_pyramid = self.transfiner.roi_pyramid(pyramid, rois, image)
-        corrected = self.transfiner.correct(roi_pyramid, coarse, len(self.budget))
-        start = coarse_levels(corrected, len(self.budget))
-        output = self._refine(*self._with_spare_roi(roi_pyramid, start, *self._detect(roi_pyramid, start)))
+        levels = coarse_levels(coarse, len(self.budget))
+        roi_pyramid = self.transfiner.roi_pyramid(FeaturePyramid(maps, self.strides), rois, image)
+        output = self._refine(*self._with_spare_roi(roi_pyramid, levels, *self._detect(roi_pyramid, levels)))
         spared = _append_zeros(coarse)
-        if self.transfiner.object_head is not None:
-            output = replace(output, touched=output.touched | _append_zeros(corrected != coarse))
         aligned: tuple[Tensor, ...] = ()
         if self.pixel_head is not None:
             assert roi_pixels is not None

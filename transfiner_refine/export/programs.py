@@ -21,7 +21,6 @@ from transfiner_refine.export import runtime
 from transfiner_refine.export.graphs import EncoderGraph, RefinerGraph, node_budget
 from transfiner_refine.functional.crops import OUTSIDE
 from transfiner_refine.functional.paste import LEAST_CHANGE
-from transfiner_refine.functional.sampling import OBJECT_STRIDE
 from transfiner_refine.modeling.pixel_head import PIXEL_SIDE
 from transfiner_refine.modeling.segmenter import CANDIDATES, MASK_STRIDE
 from transfiner_refine.pipeline import CROP_SIDE, CROP_SPAN
@@ -155,10 +154,7 @@ def export_program(
         assert model.segmenter is not None
         segmenter = _trace(model.segmenter, (pixels, boxes), (dynamic, dynamic))
     side = ROOT_SIDE << (depth - 1)
-    shapes = [(config.feature_channels, s) for s in config.strides]
-    if config.object_channels:
-        shapes.append((config.object_channels, OBJECT_STRIDE))
-    maps = tuple(torch.zeros(2, channels, 768 // s, 512 // s) for channels, s in shapes)
+    maps = tuple(torch.zeros(2, config.feature_channels, 768 // s, 512 // s) for s in config.strides)
     rois = torch.tensor([[0.0, 0.0, 100.0, 100.0]]).repeat(EXAMPLES, 1)
     inputs = (maps, rois, torch.zeros(EXAMPLES, dtype=torch.long), torch.zeros(EXAMPLES, side, side))
     has_pixels = graph.pixel_head is not None
@@ -236,9 +232,6 @@ def _describe(refiner: Refiner, options: RefineOptions, budget: tuple[int, ...])
         _value(f"map_{stride}", ["B", config.feature_channels, f"H / {stride}", f"W / {stride}"], "float32")
         for stride in config.strides
     ]
-    if config.object_channels:
-        shape = ["B", config.object_channels, f"H / {OBJECT_STRIDE}", f"W / {OBJECT_STRIDE}"]
-        maps.append(_value("objects", shape, "float32", "what the object head sees"))
     outputs = [
         _value("probs", ["N", side, side], "float32", "refined probabilities, RoI frame"),
         _value("touched", ["N", side, side], "bool", "cells that were refined; the others are as in coarse"),

@@ -16,15 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transfiner_refine.errors import InvalidInputError
 from transfiner_refine.functional.quadtree import grid_nodes, node_centres
 from transfiner_refine.types import FeaturePyramid
 
 CANONICAL_SIDE = 224
-
-OBJECT_STRIDE = 4
-"""Stride of the object head's map."""
-
 NEIGHBOURHOOD = torch.tensor([[col, row] for row in (-1, 0, 1) for col in (-1, 0, 1)])
 """``(9, 2)`` offsets (x, y) of a cell's 3×3 neighbourhood, in row-major order."""
 
@@ -56,14 +51,12 @@ class FeatureTable:
         start: ``(L,)`` int64, first row of each map.
         size: ``(L, 2)`` int64, height and width of each map.
         strides: Strides of the maps, finest first.
-        objects: The object head's map, alone; None without one.
     """
 
     rows: Tensor
     start: Tensor
     size: Tensor
     strides: tuple[int, ...]
-    objects: FeatureTable | None = None
 
     @staticmethod
     def of(pyramid: FeaturePyramid) -> FeatureTable:
@@ -74,11 +67,8 @@ class FeatureTable:
         start = [0]
         for m in pyramid.maps[:-1]:
             start.append(start[-1] + m.shape[0] * m.shape[2] * m.shape[3])
-        objects = None
-        if pyramid.objects is not None:
-            objects = FeatureTable.of(FeaturePyramid((pyramid.objects,), (OBJECT_STRIDE,)))
         return FeatureTable(
-            rows, torch.tensor(start, device=device), torch.tensor(size, device=device), pyramid.strides, objects
+            rows, torch.tensor(start, device=device), torch.tensor(size, device=device), pyramid.strides
         )
 
     def sample(self, xy: Tensor, image: Tensor, index: Tensor) -> Tensor:
@@ -194,7 +184,9 @@ class RoIPyramid:
         Returns:
             ``(P, C)``.
         """
-        return self.table.sample(self._in_network(roi, centres), self.image[roi], self.map_index(quadtree_level)[roi])
+        box = self.rois[roi]
+        xy = box[:, :2] + centres * (box[:, 2:] - box[:, :2])
+        return self.table.sample(xy, self.image[roi], self.map_index(quadtree_level)[roi])
 
     def sample_context(self, roi: Tensor, centres: Tensor, side: int, quadtree_level: int) -> Tensor:
         """Features of the 3×3 neighbourhood of cells (paper, Sec. 3.3).
@@ -222,42 +214,7 @@ class RoIPyramid:
         Returns:
             ``(R, C, S, S)``, channels last in memory.
         """
-        roi, centres = self._cells(side)
-        return self._as_maps(self.sample(roi, centres, quadtree_level), side)
-
-    def objects(self, side: int) -> Tensor:
-        """The object head's map within all RoIs.
-
-        Args:
-            side: Cells per side S.
-
-        Returns:
-            ``(R, E, S, S)``, channels last in memory.
-
-        Raises:
-            InvalidInputError: If the features came without it.
-        """
-        if self.table.objects is None:
-            raise InvalidInputError(
-                "expected features with an object map, as the image encoder gives them, got maps alone: "
-                "keep FeaturePyramid.objects"
-            )
-        roi, centres = self._cells(side)
-        # What lies beyond the image looks like its border: zeros would be like nothing that the head knows.
-        last = OBJECT_STRIDE * (self.table.objects.size[0].flip(0) - 0.5)
-        xy = self._in_network(roi, centres).clamp(min=OBJECT_STRIDE / 2).minimum(last.to(centres.dtype))
-        return self._as_maps(self.table.objects.sample(xy, self.image[roi], torch.zeros_like(roi)), side)
-
-    def _cells(self, side: int) -> tuple[Tensor, Tensor]:
-        """RoI ``(P,)`` and centre ``(P, 2)``, relative to it, of all cells of all RoIs at one resolution."""
-        roi, row, col = grid_nodes(self.rois.shape[0], side, self.rois.device)
-        return roi, node_centres(row, col, side)
-
-    def _in_network(self, roi: Tensor, centres: Tensor) -> Tensor:
-        """Points ``(P, 2)`` of RoIs in the network frame."""
-        box = self.rois[roi]
-        return box[:, :2] + centres * (box[:, 2:] - box[:, :2])
-
-    def _as_maps(self, features: Tensor, side: int) -> Tensor:
-        """Features ``(P, C)`` of all cells as ``(R, C, S, S)``, channels last in memory."""
-        return features.unflatten(0, (self.rois.shape[0], side, side)).permute(0, 3, 1, 2)
+        rois = self.rois.shape[0]
+        roi, row, col = grid_nodes(rois, side, self.rois.device)
+        features = self.sample(roi, node_centres(row, col, side), quadtree_level)
+        return features.unflatten(0, (rois, side, side)).permute(0, 3, 1, 2)

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from transfiner_refine.errors import InvalidInputError
 from transfiner_refine.modeling.efficientnet_lite import VARIANTS, EfficientNetLite
-from transfiner_refine.modeling.object_head import ObjectMap
 from transfiner_refine.modeling.tiny_vit import TinyViT
 from transfiner_refine.types import FeaturePyramid
 
@@ -59,25 +58,15 @@ class TinyViTBackbone(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Five maps, as :meth:`EfficientNetLite.forward` gives."""
-        return self.join(*self.parts(images))
-
-    def parts(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The maps of EfficientNet-Lite's stages, and those of TinyViT on the resized images."""
+        finest, *maps = self.fine(images)
+        maps = [x / d for x, d in zip(maps, ACTIVATION_DEVIATION[1:], strict=False)]
         # In whole cells of its coarsest map, or they would lie beside those of the other maps.
         grown, by = RESIZED
         half = by * CELL // 2
         size = [max(1, (grown * side + half) // (by * CELL)) * CELL for side in images.shape[2:]]
         resized = F.interpolate(images, size=size, mode="bilinear", align_corners=False)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._is_frozen):
-            found = self.tiny_vit(resized)
-        return self.fine(images), found
-
-    @staticmethod
-    def join(fine: Sequence[Tensor], found: Sequence[Tensor]) -> list[Tensor]:
-        """The five maps out of what :meth:`parts` gives."""
-        finest, *maps = fine
-        maps = [x / d for x, d in zip(maps, ACTIVATION_DEVIATION[1:], strict=False)]
-        found = [x / d for x, d in zip(found, TINY_VIT_DEVIATION, strict=True)]
+            found = [x / d for x, d in zip(self.tiny_vit(resized), TINY_VIT_DEVIATION, strict=True)]
         placed = [
             F.interpolate(x, size=maps[index].shape[2:], mode="bilinear", align_corners=False)
             for x, index in zip(found, (0, 1, 1), strict=True)
@@ -99,7 +88,6 @@ class ImageEncoder(nn.Module):
     Args:
         channels: Width of every output map.
         backbone: One of ``BACKBONES``.
-        object_channels: Width of the map for the object head; 0 for none.
 
     Raises:
         InvalidInputError: If there is no such backbone.
@@ -110,7 +98,7 @@ class ImageEncoder(nn.Module):
         and the upsampled map are only added.
     """
 
-    def __init__(self, channels: int, backbone: str = "efficientnet_lite0", object_channels: int = 0):
+    def __init__(self, channels: int, backbone: str = "efficientnet_lite0"):
         super().__init__()
         if backbone not in BACKBONES:
             raise InvalidInputError(f"expected a backbone among {BACKBONES}, got {backbone!r}")
@@ -119,11 +107,6 @@ class ImageEncoder(nn.Module):
         self.scale = tuple(1 / deviation for deviation in deviations)
         self.lateral = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in self.backbone.channels)
         self.smooth = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in self.backbone.channels[1:])
-        # What TinyViT gives beyond stride 8 is the same once more.
-        self.object_maps = slice(1, 3 if backbone == TINY_VIT else None)
-        self.object_map = None
-        if object_channels:
-            self.object_map = ObjectMap(self.backbone.channels[self.object_maps], object_channels)
 
     def forward(self, images: Tensor) -> FeaturePyramid:
         """Encode a batch.
@@ -132,13 +115,9 @@ class ImageEncoder(nn.Module):
             images: ``(B, 3, H, W)`` float, RGB in [0, 1].
 
         Returns:
-            Maps ``(B, C, ceil(H / s), ceil(W / s))`` for s = 2, 4, 8, 16, 32, and the object head's map.
+            Maps ``(B, C, ceil(H / s), ceil(W / s))`` for s = 2, 4, 8, 16, 32.
         """
         features = self.backbone(images)
-        objects = None
-        if self.object_map is not None:
-            scaled = zip(features[self.object_maps], self.scale[self.object_maps], strict=True)
-            objects = self.object_map([x if scale == 1 else x * scale for x, scale in scaled])
         merged = self._lateral(features, -1)
         maps = [F.relu(self.smooth[-1](merged), inplace=True)]
         for index in range(len(features) - 2, -1, -1):
@@ -147,7 +126,7 @@ class ImageEncoder(nn.Module):
             above = F.interpolate(maps[0], scale_factor=2.0, mode="nearest")[:, :, :height, :width]
             merged = self._lateral(features, index).add_(above)
             maps.insert(0, F.relu(self.smooth[index - 1](merged) if index else merged, inplace=True))
-        return FeaturePyramid(tuple(maps), self.backbone.strides, source="image_encoder", objects=objects)
+        return FeaturePyramid(tuple(maps), self.backbone.strides, source="image_encoder")
 
     def _lateral(self, features: Sequence[Tensor], index: int) -> Tensor:
         """The lateral convolution of a map brought to unit deviation, by way of the layer's few weights."""

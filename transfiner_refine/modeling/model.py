@@ -28,8 +28,8 @@ class RefinerModel(nn.Module):
         gain_predictor: None when the model does not predict gains.
 
     Raises:
-        InvalidInputError: If the configuration asks for the image encoder with strides that it does not have, or for an
-            object head or a segmenter without one.
+        InvalidInputError: If the configuration asks for the image encoder with strides that it does not have, or for a
+            segmenter without one.
     """
 
     def __init__(self, config: TransfinerConfig):
@@ -37,11 +37,6 @@ class RefinerModel(nn.Module):
         if config.feature_source == IMAGE_ENCODER and config.strides != EfficientNetLite.strides:
             raise InvalidInputError(
                 f"expected strides {EfficientNetLite.strides}, those of the image encoder, got {config.strides}"
-            )
-        if config.object_channels and config.feature_source != IMAGE_ENCODER:
-            raise InvalidInputError(
-                f"expected object_channels 0 on the features of {config.feature_source!r}, got "
-                f"{config.object_channels}: the object head goes with an image encoder"
             )
         if config.segments and config.feature_source != IMAGE_ENCODER:
             raise InvalidInputError(
@@ -51,7 +46,7 @@ class RefinerModel(nn.Module):
         self.config = config
         self.image_encoder = None
         if config.feature_source == IMAGE_ENCODER:
-            self.image_encoder = ImageEncoder(config.feature_channels, config.backbone, config.object_channels)
+            self.image_encoder = ImageEncoder(config.feature_channels, config.backbone)
         self.transfiner = MaskTransfiner(config)
         self.pixel_head = PixelHead(config.pixel_widths) if config.pixel_widths else None
         self.segmenter = Segmenter() if config.segments else None

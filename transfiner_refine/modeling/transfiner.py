@@ -38,7 +38,6 @@ from transfiner_refine.functional.quadtree import (
 )
 from transfiner_refine.functional.sampling import FeatureTable, RoIPyramid, bilinear_rows, weighted_rows
 from transfiner_refine.modeling.context import WideContext
-from transfiner_refine.modeling.object_head import ObjectHead
 from transfiner_refine.types import FeaturePyramid, LevelNodes
 
 SelectNodes = Callable[[int, LevelNodes], Tensor]
@@ -71,8 +70,7 @@ class TransfinerOutput:
 
     Attributes:
         probs: ``(R, S, S)`` float32, refined mask probabilities at the finest level.
-        touched: ``(R, S, S)`` bool, cells whose value comes from a node or an ancestor of theirs, or from the object
-            head.
+        touched: ``(R, S, S)`` bool, cells whose value comes from a node or an ancestor of theirs.
         detection: What was found incoherent.
         node_probs: Refined probability of each node, level by level.
     """
@@ -385,7 +383,6 @@ class MaskTransfiner(nn.Module):
     def __init__(self, config: TransfinerConfig):
         super().__init__()
         self.config = config
-        self.object_head = ObjectHead(config.object_channels) if config.object_channels else None
         self.incoherence_detector = IncoherenceDetector(config)
         self.node_encoder = NodeEncoder(config)
         self.sequence_encoder = SequenceEncoder(config)
@@ -428,7 +425,6 @@ class MaskTransfiner(nn.Module):
         side = ROOT_SIDE << max(depth - 1, 0)
         if coarse.shape[1:] != (side, side):
             raise InvalidInputError(f"expected coarse masks of side {side} for depth {depth}, got {coarse.shape[1:]}")
-        given, coarse = coarse, self.correct(roi_pyramid, coarse, depth)
         levels = coarse_levels(coarse, depth)
         detection = self.incoherence_detector(roi_pyramid, levels, depth, select)
         logits = self.refine_nodes(roi_pyramid, levels, detection.guidance, detection.quadtree, token_budget)
@@ -439,21 +435,7 @@ class MaskTransfiner(nn.Module):
             refined = torch.where(touched, torch.sigmoid(corrected), coarse)
         else:
             refined, touched = propagate(levels, detection.quadtree, probs, self.config.propagate)
-        if self.object_head is not None:
-            touched = touched | (coarse != given)
         return TransfinerOutput(refined, touched, detection, probs)
-
-    def correct(self, roi_pyramid: RoIPyramid, coarse: Tensor, depth: int) -> Tensor:
-        """The coarse masks that the quadtree starts from: those of the object head, where there is one.
-
-        Args:
-            roi_pyramid: Features of R RoIs.
-            coarse: ``(R, S, S)`` float32 coarse probabilities at the finest level.
-            depth: Quadtree levels; without any, nothing is corrected.
-        """
-        if self.object_head is None or depth == 0:
-            return coarse
-        return self.object_head.correct(roi_pyramid, coarse)
 
     def refine_nodes(
         self,

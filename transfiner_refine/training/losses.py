@@ -67,8 +67,6 @@ def refinement_losses(
         detector, ``wrong_before`` and ``wrong_after``, the shares of refined nodes with a wrong label.
     """
     depth = transfiner.config.depth
-    with torch.no_grad():  # the object head is trained by itself
-        coarse = transfiner.correct(roi_pyramid, coarse, depth)
     levels = coarse_levels(coarse, depth)
     targets = make_targets(truth, levels)
     threshold = torch.logit(torch.tensor(config.incoherence_threshold))

@@ -235,12 +235,8 @@ def freeze(model: RefinerModel, config: TrainConfig) -> None:
         model.pixel_head.requires_grad_(False)  # it sees edges and colours, which are alike everywhere
     if model.segmenter is not None:
         model.segmenter.requires_grad_(False)
-    if model.transfiner.object_head is not None:
-        model.transfiner.object_head.requires_grad_(False)
     if model.image_encoder is not None:
         model.image_encoder.backbone.freeze(5 if config.frozen_detector else config.frozen_stages)
-        if model.image_encoder.object_map is not None:
-            model.image_encoder.object_map.requires_grad_(False)
     if config.frozen_detector:
         model.transfiner.incoherence_detector.requires_grad_(False)
         if model.image_encoder is not None:
