@@ -179,7 +179,8 @@ class RefineOptions:
         mask_threshold: Probability from which a pixel belongs to the mask.
         token_budget: Tokens held at once, which bounds memory: instances are refined in groups that fit. With the
             embedded model, a call holds less than 64 MB and 36 kB per token (``pipeline.working_memory``) beyond its
-            inputs, its outputs and the copies in float32 that a photo needs. One instance is never split, so its own
+            inputs, its outputs and the copies in float32 that a photo needs; with ``segment``, up to 400 MB at first,
+            whatever the budget. One instance is never split, so its own
             tokens may exceed a very small budget; ``max_nodes`` bounds those. A CPU takes six instances at once at
             most, as more would be slower.
         max_nodes: Nodes kept per instance and level, the most incoherent first; None keeps all.

@@ -55,7 +55,8 @@ def working_memory(token_budget: int) -> int:
 
     ``benchmarks/scaling.py`` prints it beside what was measured. Not in it: the copies of an image in float32, which
     count from some megapixels on, 0.5 kB per pixel of one that is encoded as a whole, and what a single instance with
-    more tokens than the budget has of its own.
+    more tokens than the budget has of its own. Before the first pass the segmenter holds up to 400 MB, whatever the
+    budget.
 
     Args:
         token_budget: :attr:`RefineOptions.token_budget <transfiner_refine.RefineOptions>`.
@@ -315,7 +316,8 @@ class Pipeline:
             for (job, index), roi in parts:
                 part = slice(start, start + index.shape[0])
                 start = part.stop
-                in_pixels = job.proposed[index] | (job.coarse.frame == "image")
+                # A proposal has no detail of pixels that cells would average away.
+                in_pixels = ~job.proposed[index] & (job.coarse.frame == "image")
                 for rows, was in ((in_pixels, before[part][in_pixels]), (~in_pixels, None)):
                     new, cells = pasted[part][rows], where[part][rows]
                     paste(new, roi[rows], job.masks, options.mask_threshold, cells, was, index[rows])

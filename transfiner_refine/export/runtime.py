@@ -137,7 +137,10 @@ class OnnxRefiner:
                 coarse = np.stack(
                     [_crop_mask(refined[i], roi, side) if moved[i] else first[k] for k, (i, roi) in enumerate(pairs)]
                 )
-                settled[index] = self._refine(pyramid, index, rois, coarse, first, proposals[index], number, result)
+                keeps_detail = ~proposed[index] | (number > 0)
+                settled[index] = self._refine(
+                    pyramid, index, rois, coarse, first, proposals[index], keeps_detail, number, result
+                )
                 if number == 0:
                     for i in index[proposed[index] & result.kept_coarse[index]]:
                         refined[i] = masks[i] if masks.dtype == np.bool_ else masks[i] >= threshold
@@ -188,13 +191,14 @@ class OnnxRefiner:
         coarse: np.ndarray,
         first: np.ndarray,
         proposals: np.ndarray,
+        keeps_detail: np.ndarray,
         number: int,
         result: RefinedMasks,
     ) -> np.ndarray:
         """Refine n instances once, in pass ``number``, and write what they became into the result.
 
         ``coarse`` is what the pass starts from, ``first`` are the masks of the call; ``proposals`` is what the
-        segmenter says of its own.
+        segmenter says of its own; ``keeps_detail`` is where pixels that hardly change stay as they are.
 
         Returns:
             ``(n,)`` bool, where another pass would be wasted.
@@ -222,8 +226,9 @@ class OnnxRefiner:
             enlarge = _interpolation(centres - np.float32(0.5), side)
             before = enlarge @ coarse @ enlarge.T
             pasted = np.where(touched, outputs["aligned"], before)
-        for i, new, old, where, roi in zip(index, pasted, before, touched, rois, strict=True):
-            _paste(new, old, where, roi, result.masks[i], threshold, config["least_change"])
+        least = np.where(keeps_detail, config["least_change"], -1.0)
+        for i, new, old, where, roi, change in zip(index, pasted, before, touched, rois, least, strict=True):
+            _paste(new, old, where, roi, result.masks[i], threshold, change)
         if number == 0:
             result.kept_coarse[index] = keep
             if result.predicted_gain is not None:

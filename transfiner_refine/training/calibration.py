@@ -28,7 +28,7 @@ RIDGE = 0.01
 LARGEST_STAKE = 0.3
 """The same as ``LARGEST_GAIN``, where it is asked what accepting a refinement wins."""
 
-HARM = 2.0
+HARM = 1.5
 """How much a loss counts beside a gain of the same size, there."""
 
 ACCEPTANCE_WIDTH = 0.03
@@ -88,7 +88,7 @@ def fit_gain(model: RefinerModel, statistics: Tensor, gains: Tensor, weights: Te
             :func:`~transfiner_refine.modeling.gain.edge_statistics` behind them: then both functions of the predictor
             are fitted. ``(N, 16)``, with those of proposals behind these, fits the function of such refinements alone:
             the others are for refinements without proposals. It is fitted on to what accepting wins, where a loss
-            counts twice, by the threshold of :attr:`RefineOptions.keep_if_gain_below
+            counts half as much again, by the threshold of :attr:`RefineOptions.keep_if_gain_below
             <transfiner_refine.RefineOptions>`.
         gains: ``(N,)`` float, the Boundary IoU that each of them won.
         weights: ``(N,)`` float above 0, how much each counts; None counts all the same.

@@ -99,9 +99,9 @@ class _Judged(NamedTuple):
 
     Attributes:
         scores: ``(N, 4)``, in the order of ``figures_from_scores``.
-        statistics: ``(N, 10)`` or ``(N, 14)`` of their refinements, or ``(0, 10)`` if no gain is predicted.
+        statistics: ``(N, K)`` of their refinements, 10, 14 or 16 of each; ``(0, 10)`` if no gain is predicted.
         exact_gains: ``(M,)``, Boundary IoU that refining ground truth in their place wins; none if none is predicted.
-        exact_statistics: ``(M, 10)`` or ``(M, 14)`` of those refinements.
+        exact_statistics: ``(M, K)`` of those refinements.
         cells: Of each quadtree level.
     """
 
@@ -199,7 +199,7 @@ class Validation:
     def _refine(
         self, refiner: Refiner, pixels: Tensor, boxes: np.ndarray | Tensor, masks: np.ndarray
     ) -> tuple[Instances, Tensor]:
-        """Refine masks of a photo, with their statistics ``(N, 10)`` or ``(N, 14)``; none if no gain is predicted."""
+        """Refine masks of a photo, with their statistics ``(N, K)``; none if no gain is predicted."""
         options = replace(self.options, keep_if_gain_below=-1.0)
         with _statistics(refiner.model) as rows:
             out = refiner.refine(pixels, boxes=boxes, masks=masks, options=options).to("cpu")
@@ -232,7 +232,7 @@ def _predicted_gains(
 
     Args:
         model: Its predictor is changed in place.
-        statistics: ``(N, 10)`` or ``(N, 14)``.
+        statistics: ``(N, K)``.
         gains: ``(N,)``, what each refinement won.
         photo: ``(N,)`` int64, the photo of each.
         weights: ``(N,)``, how much each counts; None counts all the same.
