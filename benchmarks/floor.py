@@ -93,6 +93,11 @@ def watched(refiner: Refiner, clock: Clock):
         (pipeline, "crop_masks", "cropping", lambda result, *_: 2 * result.numel() * result.element_size()),
         (pipeline, "paste", "pasting", pasted),
     ]
+    if model.segmenter is not None:
+        parts += [
+            (type(model.segmenter.tiny_vit), "forward", "segmenter's encoder", None),
+            (type(model.segmenter), "decode", "segmenter's decoder", None),
+        ]
     patches = [
         patch.object(owner, name, clock.timed(stage, getattr(owner, name), size)) for owner, name, stage, size in parts
     ]
@@ -116,6 +121,8 @@ def multiplications(refiner: Refiner, call: Callable[[], object]) -> dict[str, f
     }
     if refiner.model.pixel_head is not None:
         names["pixel head"] = "PixelHead"
+    if refiner.model.segmenter is not None:
+        names["segmenter's encoder"] = "TinyViT"
     with counting() as counter:
         call()
     found = counter.get_flop_counts()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -120,7 +121,7 @@ class Boxes(nn.Module):
         depths = [columns - x0 - cut, x1 - cut - columns, rows[:, None] - y0, y1 - rows[:, None]]
         inside = torch.stack([d.expand(boxes.shape[0], len(rows), len(columns)) for d in depths]).amin(0)
         logits = torch.stack([-inside, inside, inside - 1e4], dim=1)
-        return logits, torch.tensor([[0.9, 0.9, 0.95]]).expand(boxes.shape[0], 3)
+        return logits.float(), torch.tensor([[0.9, 0.9, 0.95]]).float().expand(boxes.shape[0], 3)
 
 
 BOXES = torch.tensor([[40.0, 30.0, 90.0, 200.0], [0.0, 0.0, 300.0, 240.0], [250.0, 100.0, 310.0, 235.0]])
@@ -221,6 +222,30 @@ def test_what_is_refused_comes_back_as_it_was(model: RefinerModel, frame: str):
         refiner.refine(image, boxes=boxes, masks=masks, mask_frame=frame, options=ALL).masks,  # pyright: ignore[reportArgumentType]
         none.masks,
     )
+
+
+@pytest.mark.parametrize("encode", ["crops", "image"])
+def test_the_default_dtype_is_not_in_the_way(encode: Literal["crops", "image"], model: RefinerModel):
+    """A caller's float64 changes nothing."""
+    image, masks = random_image(H, W), discs(H, W, CIRCLES)
+    options = replace(ALL, encode=encode)
+    expected = Refiner(model).refine(image, masks=masks, options=options)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = Refiner(model).refine(image, masks=masks, options=options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found.masks, expected.masks)
+
+
+def test_half_precision_goes_through():
+    torch.manual_seed(0)
+    segmenter = Segmenter().eval().to(torch.bfloat16)
+    logits, quality = segmenter(
+        torch.rand(1, 3, 64, 96, dtype=torch.bfloat16), torch.tensor([[10.0, 10.0, 60.0, 50.0]])
+    )
+    assert logits.shape == (1, 3, 16, 24) and logits.dtype == quality.dtype == torch.float32
+    assert logits.isfinite().all() and quality.isfinite().all()
 
 
 def test_batches_nothing_and_quadtrees(model: RefinerModel):

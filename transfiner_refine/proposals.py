@@ -158,4 +158,4 @@ def _embed(segmenter: Segmenter, pixels: Tensor) -> Tensor:
 
 def _agreement(a: Tensor, b: Tensor) -> Tensor:
     """IoU of ``(n, K, L, L)`` bool and ``(n, 1, L, L)`` bool: ``(n, K)``, zero where both are empty."""
-    return (a & b).sum(dim=(2, 3)) / (a | b).sum(dim=(2, 3)).clamp(min=1)
+    return (a & b).sum(dim=(2, 3)).float() / (a | b).sum(dim=(2, 3)).clamp(min=1)
