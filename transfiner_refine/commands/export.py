@@ -22,6 +22,9 @@ def export(
         ),
     ] = None,
     depth: Depth = None,
+    segment: Annotated[
+        bool, typer.Option("--segment/--no-segment", help="Export the segmenter, too, where the model has one.")
+    ] = True,
     incoherence_threshold: Annotated[
         float, typer.Option(help="Probability above which a cell is an incoherent node.")
     ] = RefineOptions().incoherence_threshold,
@@ -34,7 +37,7 @@ def export(
     from transfiner_refine.export.programs import OPSET, export_onnx, export_program
     from transfiner_refine.refiner import Refiner
 
-    options = RefineOptions(depth=depth, incoherence_threshold=incoherence_threshold)
+    options = RefineOptions(depth=depth, segment=segment, incoherence_threshold=incoherence_threshold)
     budget = max_nodes[0] if max_nodes and len(max_nodes) == 1 else max_nodes or None
     refiner = Refiner.from_pretrained(model)
     if format == "onnx":
