@@ -248,6 +248,12 @@ def test_half_precision_goes_through():
     assert logits.isfinite().all() and quality.isfinite().all()
 
 
+@pytest.mark.parametrize("nothing", [{"depth": 0}, {"incoherence_threshold": 1.0}])
+def test_where_nothing_is_refined_nothing_is_proposed(model: RefinerModel, nothing: dict):
+    image, masks = random_image(H, W), discs(H, W, CIRCLES)
+    assert torch.equal(Refiner(model).refine(image, masks=masks, options=replace(ALL, **nothing)).masks, masks)
+
+
 def test_batches_nothing_and_quadtrees(model: RefinerModel):
     refiner = Refiner(model)
     images = [random_image(H, W, seed) for seed in range(3)]

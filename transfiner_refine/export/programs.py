@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,8 @@ def export_program(
         InvalidInputError: If the depth is 0 or exceeds the model's, or the node budget does not fit it.
     """
     options = options or RefineOptions()
+    if options.incoherence_threshold >= 1:  # nothing is refined, and so nothing proposed
+        options = replace(options, segment=False)
     config = refiner.config
     depth = config.depth if options.depth in (None, "auto") else options.depth
     if not 1 <= depth <= config.depth:
