@@ -45,15 +45,14 @@ def predicting(refiner: Refiner, sets: list[list[MatchedImage]]) -> Refiner:
     With a segmenter, what it predicts without proposals stays as it was.
 
     Args:
-        refiner: Not changed.
+        refiner: A predictor that knows proposals is fitted in place.
         sets: Photos of ECSSD and of Penn-Fudan.
     """
-    model = with_gain_predictor(refiner.model)
+    model = refiner.model
+    if model.segmenter is None or model.gain_predictor is None:
+        model = with_gain_predictor(model)
     exact = [EXACT_WEIGHT] * len(sets) if model.segmenter is None else EXACT_BEHIND_SEGMENTER
     samples = [(sample, weight) for photos, weight in zip(sets, exact, strict=True) for sample in photos]
-    if model.segmenter is not None and refiner.model.gain_predictor is not None:
-        assert model.gain_predictor is not None
-        model.gain_predictor.load_state_dict(refiner.model.gain_predictor.state_dict())
     refiner, accept = Refiner(model), RefineOptions(keep_if_iou_below=0.0, keep_if_gain_below=-1.0)
     statistics: list[torch.Tensor] = []
     assert model.gain_predictor is not None

@@ -431,6 +431,19 @@ def test_weights_stored_as_bytes(tmp_path: Path):
         torch.testing.assert_close(twice[name], value, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("name", ["pixel_decoder.layers.0.weight", "pixel_decoder.layers.0.bias"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e9])
+def test_bytes_too_hold_finite_weights_alone(tmp_path: Path, name: str, value: float):
+    """A bias beyond float16 is refused; a large weight only makes the scale of its row larger."""
+    model = eventful_model(encoder_config(channels=64))
+    weight = model.transfiner.get_parameter(name)
+    assert weight.ndim == 1 or weight.numel() < LEAST_PACKED
+    weight.data.view(-1)[0] = value
+    with pytest.raises(WeightsError, match="expected finite weights"):
+        Refiner(model).save_pretrained(tmp_path / "bytes", dtype=torch.int8)
+    assert not (tmp_path / "bytes").exists()
+
+
 def test_other_dtypes_and_torn_bytes_are_refused(tmp_path: Path):
     refiner = Refiner(eventful_model(encoder_config()))
     with pytest.raises(InvalidInputError, match="expected a dtype among"):

@@ -214,6 +214,11 @@ class RefineOptions:
     encode: Literal["auto", "image", "crops"] = "auto"
     return_quadtree: bool = False
 
+    @property
+    def proposes(self) -> bool:
+        """Whether a segmenter is asked: not where nothing is to be refined, and masks come back as they were given."""
+        return self.segment and self.incoherence_threshold < 1
+
     def __post_init__(self) -> None:
         for field in fields(self):
             if isinstance(value := getattr(self, field.name), np.generic):

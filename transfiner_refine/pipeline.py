@@ -264,11 +264,10 @@ class Pipeline:
     def _propose(self, job: Job) -> None:
         """Let the segmenter replace coarse masks, where there is one."""
         segmenter, options = self.model.segmenter, self.options
-        # Where nothing is to be refined, masks come back as they were given.
-        asked = segmenter is not None and options.segment and self.depth > 0 and options.incoherence_threshold < 1
-        if not asked or job.image is None or job.index.shape[0] == 0:
+        if segmenter is None or not options.proposes or self.depth == 0:
             return
-        assert segmenter is not None
+        if job.image is None or job.index.shape[0] == 0:
+            return
         job.proposals, job.proposed = propose(
             segmenter, job.image, job.spans, job.masks, job.index, options.encode, options.mask_threshold
         )

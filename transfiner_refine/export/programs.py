@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +125,6 @@ def export_program(
         InvalidInputError: If the depth is 0 or exceeds the model's, or the node budget does not fit it.
     """
     options = options or RefineOptions()
-    if options.incoherence_threshold >= 1:  # nothing is refined, and so nothing proposed
-        options = replace(options, segment=False)
     config = refiner.config
     depth = config.depth if options.depth in (None, "auto") else options.depth
     if not 1 <= depth <= config.depth:
@@ -147,7 +145,7 @@ def export_program(
         options.incoherence_threshold,
         options.mask_threshold,
         align_pixels=options.align_pixels,
-        segment=options.segment,
+        segment=options.proposes,
     )
     segmenter = None
     if graph.sees_proposals:
@@ -248,7 +246,7 @@ def _describe(refiner: Refiner, options: RefineOptions, budget: tuple[int, ...])
     if refiner.model.gain_predictor is not None:
         outputs.append(_value("gain", ["N"], "float32", "predicted gain of Boundary IoU"))
     starts, segmenter = [], None
-    if refiner.model.segmenter is not None and options.segment:
+    if refiner.model.segmenter is not None and options.proposes:
         starts = [
             _value("given", ["N", side, side], "float32", "coarse probabilities before the segmenter, RoI frame"),
             _value("proposals", ["N", 2], "float32", "IoU of each proposal with the coarse mask, and its quality"),

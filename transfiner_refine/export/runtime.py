@@ -22,6 +22,9 @@ except ImportError:  # a copy of this file on a machine without the package, or 
 ROUNDING = 1e-3
 """How far outside [0, 1] a probability may lie."""
 
+ANY_CHANGE = -1.0
+"""In the place of ``least_change``: every pixel counts as changed."""
+
 FORMAT_VERSION = 1
 """Version of ``config.json`` that this runtime reads."""
 
@@ -178,9 +181,7 @@ class OnnxRefiner:
         if agreement[best] < config["least_agreement"]:
             return said, None
         new = np.zeros(mask.shape, np.bool_)
-        everywhere = np.ones((cells, cells), np.bool_)
-        below = np.full((cells, cells), np.float32(-1e4))
-        _paste(logits[best], below, everywhere, window, new, 0.0, 0.0)
+        _paste(logits[best], logits[best], np.ones((cells, cells), np.bool_), window, new, 0.0, ANY_CHANGE)
         return said, new
 
     def _refine(
@@ -226,7 +227,7 @@ class OnnxRefiner:
             enlarge = _interpolation(centres - np.float32(0.5), side)
             before = enlarge @ coarse @ enlarge.T
             pasted = np.where(touched, outputs["aligned"], before)
-        least = np.where(keeps_detail, config["least_change"], -1.0)
+        least = np.where(keeps_detail, config["least_change"], ANY_CHANGE)
         for i, new, old, where, roi, change in zip(index, pasted, before, touched, rois, least, strict=True):
             _paste(new, old, where, roi, result.masks[i], threshold, change)
         if number == 0:

@@ -169,8 +169,7 @@ def save_model(model: RefinerModel, directory: Path, dtype: torch.dtype = torch.
     if dtype not in STORED:
         raise InvalidInputError(f"expected a dtype among {STORED} to store weights in, got {dtype}")
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    if dtype != torch.int8:
-        weights = {name: value.to(dtype) for name, value in weights.items()}
+    weights = packed(weights) if dtype == torch.int8 else {name: value.to(dtype) for name, value in weights.items()}
     if wrong := [name for name, value in weights.items() if not value.isfinite().all()]:
         raise WeightsError(
             f"expected finite weights within the range of {dtype}, got others in {len(wrong)} tensors, the first "
@@ -182,7 +181,7 @@ def save_model(model: RefinerModel, directory: Path, dtype: torch.dtype = torch.
         raise WeightsError(f"expected a directory to save to, got {directory}: {error.strerror}") from error
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         temporary = Path(scratch)
-        write_weights(temporary / WEIGHTS, packed(weights) if dtype == torch.int8 else weights)
+        write_weights(temporary / WEIGHTS, weights)
         (temporary / CONFIG).write_text(json.dumps(asdict(model.config), indent=2) + "\n", encoding="utf-8")
         if not (directory / CARD).exists():  # one that is there may have been written by hand
             (temporary / CARD).write_text(model_card(model.config), encoding="utf-8")
