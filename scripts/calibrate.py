@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,8 @@ from train_embedded import Validation, with_changes  # pyright: ignore[reportMis
 
 from transfiner_refine import RefineOptions, Refiner
 from transfiner_refine.evaluation import boundary_iou
+from transfiner_refine.modeling.gain import EDGE_STATISTICS, PROPOSAL_STATISTICS, STATISTICS
+from transfiner_refine.proposals import LEAST_AGREEMENT
 from transfiner_refine.training.calibration import (
     EXACT_WEIGHT,
     calibrate_thresholds,
@@ -42,7 +45,7 @@ FINER = (0.4, 0.3, 0.2)
 def predicting(refiner: Refiner, sets: list[list[MatchedImage]]) -> Refiner:
     """The same refiner with a gain predictor fitted to real detections in both frames, and to ground truth.
 
-    With a segmenter, what it predicts without proposals stays as it was.
+    With a segmenter, what it predicts where that is not asked stays as it was.
 
     Args:
         refiner: A predictor that knows proposals is fitted in place.
@@ -54,21 +57,47 @@ def predicting(refiner: Refiner, sets: list[list[MatchedImage]]) -> Refiner:
     exact = [EXACT_WEIGHT] * len(sets) if model.segmenter is None else EXACT_BEHIND_SEGMENTER
     samples = [(sample, weight) for photos, weight in zip(sets, exact, strict=True) for sample in photos]
     refiner, accept = Refiner(model), RefineOptions(keep_if_iou_below=0.0, keep_if_gain_below=-1.0)
-    statistics: list[torch.Tensor] = []
+    statistics, gains, weights = refinements(refiner, samples, accept)
+    fit_gain(model, statistics, gains, weights)
     assert model.gain_predictor is not None
-    hook = model.gain_predictor.register_forward_pre_hook(lambda _, given: statistics.append(given[0]))
+    if statistics.shape[1] == len(STATISTICS) + len(EDGE_STATISTICS) + len(PROPOSAL_STATISTICS):
+        agreement = statistics[:, -len(PROPOSAL_STATISTICS)]
+        refused = model.gain_predictor(statistics) < RefineOptions().keep_if_gain_below
+        again = refused & (agreement >= LEAST_AGREEMENT)
+        without = refinements(refiner, samples, replace(accept, segment=False))
+        fit_gain(model, *(values[again] for values in without), again=True)
+    return refiner
+
+
+@torch.no_grad()
+def refinements(
+    refiner: Refiner, samples: list[tuple[MatchedImage, float]], options: RefineOptions
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Refine photos from every kind of coarse masks.
+
+    Args:
+        refiner: With a gain predictor.
+        samples: Photos, and what an exact mask of each counts.
+        options: Those of the calls, which must accept every refinement.
+
+    Returns:
+        Of N refinements ``(N, K)`` float32 statistics, ``(N,)`` float64 gains of Boundary IoU, and ``(N,)`` float64
+        weights.
+    """
+    assert refiner.model.gain_predictor is not None
+    statistics: list[torch.Tensor] = []
+    hook = refiner.model.gain_predictor.register_forward_pre_hook(lambda _, given: statistics.append(given[0]))
     gains, weights = [], []
     for kind in Coarse:
         frame = "box" if kind is Coarse.box else "image"
         for sample, weight in ((start_from(sample, kind), weight) for sample, weight in samples):
             masks = sample.box_probs if kind is Coarse.box else sample.coarse
-            out = refiner.refine(sample.image, boxes=sample.boxes, masks=masks, mask_frame=frame, options=accept)
+            out = refiner.refine(sample.image, boxes=sample.boxes, masks=masks, mask_frame=frame, options=options)
             before = boundary_iou(sample.coarse, sample.truth)
             gains.append(boundary_iou(np.asarray(out.masks), sample.truth) - before)
             weights.append(np.full(len(before), weight if kind is Coarse.truth else 1.0))
     hook.remove()
-    fit_gain(model, torch.cat(statistics), *(torch.from_numpy(np.concatenate(part)) for part in (gains, weights)))
-    return refiner
+    return torch.cat(statistics), torch.from_numpy(np.concatenate(gains)), torch.from_numpy(np.concatenate(weights))
 
 
 def main() -> None:

@@ -106,16 +106,21 @@ def test_the_segmenter_is_exported_too(tmp_path: Path, monkeypatch: pytest.Monke
     """Its proposals, believed whatever they are, are those of the refiner; of some the refinement is refused."""
     monkeypatch.setattr("transfiner_refine.proposals.LEAST_AGREEMENT", 0.1)
     refiner = small_refiner(depth=1, segments=True)
-    assert refiner.model.gain_predictor is not None and refiner.model.gain_predictor.proposal_weight is not None
+    predictor = refiner.model.gain_predictor
+    assert predictor is not None and predictor.proposal_weight is not None
+    assert predictor.edge_weight is not None and predictor.again_weight is not None and predictor.again_bias is not None
     # Gains around the threshold, and mostly by what is said of the proposals.
-    weight = torch.linspace(-0.02, 0.03, len(refiner.model.gain_predictor.proposal_weight))
+    weight = torch.linspace(-0.02, 0.03, len(predictor.proposal_weight))
+    predictor.edge_weight.data.copy_(weight[:-2])
+    predictor.again_weight.data.copy_(weight[:-2])
     weight[-2:] = torch.tensor([1.0, -0.5])
-    refiner.model.gain_predictor.proposal_weight.data.copy_(weight)
+    predictor.proposal_weight.data.copy_(weight)
+    predictor.again_bias.data.fill_(0.06)  # so that those without a proposal are among the others
     options = RefineOptions(max_nodes=MAX_NODES, encode="crops", keep_if_iou_below=0, keep_if_gain_below=-1)
+    image, masks = random_image(HEIGHT, WIDTH, seed=1), discs(HEIGHT, WIDTH, CIRCLES).numpy()
     folder = export_onnx(refiner, tmp_path / "onnx", options=options)
     config = json.loads((folder / "config.json").read_text())
     assert [x["name"] for x in config["refiner"]["inputs"][-2:]] == ["given", "proposals"]
-    image, masks = random_image(HEIGHT, WIDTH, seed=1), discs(HEIGHT, WIDTH, CIRCLES).numpy()
     expected = refiner.refine(image, masks=masks, options=options)
     without = refiner.refine(image, masks=masks, options=replace(options, segment=False))
     assert expected.predicted_gain is not None and expected.probs is not None and expected.rois is not None
@@ -126,11 +131,22 @@ def test_the_segmenter_is_exported_too(tmp_path: Path, monkeypatch: pytest.Monke
     np.testing.assert_allclose(refined.rois, expected.rois.numpy(), atol=1.0)
     np.testing.assert_allclose(refined.predicted_gain, expected.predicted_gain.numpy(), atol=0.01)
     assert np.mean(refined.masks != np.asarray(expected.masks)) < 0.01
-    middle = float(expected.predicted_gain.median()) + 1e-3
-    change_config(folder, keep_if_gain_below=middle)
-    refused = OnnxRefiner(folder, threads=1).refine(image, masks=masks)
-    assert 0 < refused.kept_coarse.sum() < len(masks)
-    assert np.array_equal(refused.masks[refused.kept_coarse], masks[refused.kept_coarse])
+    # What is refused behind its proposal is tried without, and may be refused once more.
+    kept, again = 0, 0
+    ordered = torch.cat([x.predicted_gain for x in (expected, without) if x.predicted_gain is not None]).sort().values
+    for least in ((ordered[1:] + ordered[:-1]) / 2).tolist():
+        judged = refiner.refine(image, masks=masks, options=replace(options, keep_if_gain_below=least))
+        assert judged.predicted_gain is not None and judged.kept_coarse is not None
+        change_config(folder, keep_if_gain_below=least)
+        refined = OnnxRefiner(folder, threads=1).refine(image, masks=masks, batch_size=3)
+        assert refined.predicted_gain is not None
+        np.testing.assert_allclose(refined.predicted_gain, judged.predicted_gain.numpy(), atol=0.01)
+        np.testing.assert_array_equal(refined.kept_coarse, judged.kept_coarse.numpy())
+        assert np.array_equal(refined.masks[refined.kept_coarse], masks[refined.kept_coarse])
+        assert np.mean(refined.masks != np.asarray(judged.masks)) < 0.01
+        kept += int(judged.kept_coarse.sum())
+        again += int(((judged.predicted_gain != expected.predicted_gain) & ~judged.kept_coarse).sum())
+    assert kept > 0 and again > 0
     (folder / "segmenter.onnx").unlink()
     with pytest.raises(InvalidInputError, match=r"segmenter\.onnx"):
         OnnxRefiner(folder)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from types import ModuleType
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
+from benchmark_cases import make_disc_set
+from PIL import Image
 from small_models import discs, encoder_config, eventful_model, random_image, random_pyramid, small_config
 from torch import Tensor, nn
 
 from transfiner_refine import Instances, RefineOptions, Refiner
+from transfiner_refine.attention import node_attention
 from transfiner_refine.errors import InvalidInputError, WeightsError
 from transfiner_refine.functional.crops import ImageHalves
 from transfiner_refine.inputs import boxes_from_masks
@@ -22,6 +28,7 @@ from transfiner_refine.modeling.model import RefinerModel
 from transfiner_refine.modeling.segmenter import CHANNELS, MASK_STRIDE, STRIDE, Segmenter, segmenter_from_mobile_sam
 from transfiner_refine.proposals import CROP_SIDE, propose
 from transfiner_refine.training.calibration import fit_gain, with_gain_predictor
+from transfiner_refine.training.validation import Validation, simulated_image
 
 RENAMED = (
     (r"layer_norm(\d)", r"norm\1"),
@@ -193,9 +200,8 @@ def test_a_call_starts_from_the_proposals(model: RefinerModel):
     assert torch.equal(masks, given)
     without = refiner.refine(image, masks=masks, options=replace(ALL, segment=False))
     plain = Refiner(RefinerModel(replace(model.config, segments=False)))
-    plain.model.load_state_dict(
-        {k: v for k, v in model.state_dict().items() if not k.startswith(("segmenter.", "gain_predictor.proposal"))}
-    )
+    without_it = "segmenter.", "gain_predictor.proposal", "gain_predictor.again"
+    plain.model.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith(without_it)})
     expected = plain.refine(image, masks=masks, options=ALL)
     assert without.probs is not None and expected.probs is not None
     assert torch.equal(without.masks, expected.masks) and torch.equal(without.probs, expected.probs)
@@ -222,6 +228,96 @@ def test_what_is_refused_comes_back_as_it_was(model: RefinerModel, frame: str):
         refiner.refine(image, boxes=boxes, masks=masks, mask_frame=frame, options=ALL).masks,  # pyright: ignore[reportArgumentType]
         none.masks,
     )
+
+
+@pytest.mark.parametrize("frame", ["image", "box"])
+@pytest.mark.parametrize("refuses", ["all", "some"])
+def test_what_is_refused_is_tried_without_its_proposal(model: RefinerModel, frame: str, refuses: str):
+    """Each instance is what it is behind its proposal or without: which of them, its gain behind the proposal says."""
+    judged = deepcopy(model)
+    predictor = judged.gain_predictor
+    assert predictor is not None and predictor.proposal_weight is not None and predictor.proposal_bias is not None
+    assert predictor.again_bias is not None and predictor.edge_bias is not None
+    for parameter in predictor.parameters():
+        parameter.data.zero_()
+    predictor.edge_bias.data.fill_(0.5)  # without a proposal all is accepted
+    predictor.again_bias.data.fill_(0.5)
+    predictor.proposal_weight.data[0] = 0.01
+    refiner = Refiner(judged)
+    image, masks = random_image(H, W), discs(H, W, CIRCLES)
+    boxes = boxes_from_masks(masks)
+    if frame == "box":
+        masks = torch.rand(len(CIRCLES), 28, 28)
+        masks[:, 4:24, 4:24] = 1.0
+
+    def refine(**changes: Any) -> Instances:
+        options = RefineOptions(keep_if_iou_below=0.0, encode="crops", **changes)
+        return refiner.refine(image, boxes=boxes, masks=masks, mask_frame=frame, options=options)  # pyright: ignore[reportArgumentType]
+
+    behind = refine(keep_if_gain_below=-1.0)
+    without = refine(keep_if_gain_below=-1.0, segment=False)
+    assert behind.predicted_gain is not None and without.predicted_gain is not None
+    assert not torch.equal(behind.masks, without.masks) and (without.predicted_gain == 0.5).all()
+    least = behind.predicted_gain.max() if refuses == "some" else torch.tensor(0.4)
+    refused = behind.predicted_gain < least
+    found = refine(keep_if_gain_below=float(least), return_quadtree=True)
+    assert refused.sum() == (2 if refuses == "some" else 3)
+    for name in ("masks", "probs", "rois", "predicted_gain"):
+        for chosen, expected in ((refused, without), (~refused, behind)):
+            one, other = (getattr(x, name)[chosen].float() for x in (found, expected))
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=0)  # groups of another size round otherwise
+    assert found.kept_coarse is not None and not found.kept_coarse.any()
+    assert found.details is not None and len(found.details.quadtree[0].roi.unique()) == len(CIRCLES)
+    if frame == "image":
+        coarse = Instances(boxes=boxes, masks=masks, image_size=(H, W))
+        options = RefineOptions(keep_if_iou_below=0.0, encode="crops", keep_if_gain_below=float(least))
+        for one in refiner.refine_batch([image, image], [coarse, coarse], options=options):
+            assert torch.equal(one.masks, found.masks)
+
+
+@pytest.mark.parametrize("joint_levels", [True, False])
+def test_attention_of_what_was_tried_again_is_that_of_the_second(joint_levels: bool):
+    model = eventful_model(
+        encoder_config(segments=True, predicts_gain=True, pixel_widths=(8, 12), joint_levels=joint_levels)
+    )
+    model.segmenter = Boxes(0.1)  # pyright: ignore[reportAttributeAccessIssue]
+    image, masks = random_image(H, W), discs(H, W, CIRCLES[:1])
+    refused = RefineOptions(keep_if_gain_below=0.5)  # no gain is predicted at all
+    without = replace(refused, segment=False)
+    boxes = boxes_from_masks(masks)
+    found, expected = (
+        node_attention(Refiner(model), image, box=boxes[0], mask=masks[0], point=(40.0, 22.0), options=options)
+        for options in (refused, without)
+    )
+    assert found.place == expected.place
+    torch.testing.assert_close(found.reference, expected.reference)
+    for one, other in zip(found.nodes, expected.nodes, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_validation_takes_what_is_tried_again(model: RefinerModel, tmp_path: Path):
+    """Its statistics are those of first tries, however many there were."""
+    Image.fromarray(random_image(H, W)).save(tmp_path / "photo.png")
+    truth = discs(H, W, CIRCLES[:2]).numpy()
+    images = [simulated_image(tmp_path / "photo.png", truth, (0, seed)) for seed in range(2)]
+    record = Validation(images, RefineOptions(keep_if_iou_below=1.0))(Refiner(deepcopy(model)))
+    assert record["boundary_iou"] == record["boundary_iou_coarse"]
+
+
+def test_a_proposal_too_thin_to_be_judged_is_none(model: RefinerModel, monkeypatch: pytest.MonkeyPatch):
+    """No cell of it is set, as no cell of the mask of the call: nothing says which of the two is better."""
+
+    def move(segmenter: Any, image: Any, boxes: Tensor, masks: Tensor, index: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        masks[index] = masks[index].roll(1, dims=2)
+        return torch.ones(len(boxes), 2), torch.ones(len(boxes), dtype=torch.bool)
+
+    monkeypatch.setattr("transfiner_refine.pipeline.propose", move)
+    masks = torch.zeros(2, H, W, dtype=torch.bool)
+    masks[0, 10:110, 70:72] = True
+    masks[1, 20:100, 40:110] = True
+    boxes = torch.tensor([[10.0, 5.0, 150.0, 115.0], [40.0, 20.0, 110.0, 100.0]])
+    refined = Refiner(model).refine(random_image(H, W), boxes=boxes, masks=masks, options=replace(ALL, depth=1))
+    assert torch.equal(refined.masks[0], masks[0]) and not torch.equal(refined.masks[1], masks[1])
 
 
 @pytest.mark.parametrize("encode", ["crops", "image"])
@@ -283,6 +379,39 @@ def test_gains_behind_proposals_have_a_function_of_their_own():
     fit_gain(fitted, statistics[:, :-2], gains)
     assert fitted.gain_predictor.edge_weight.abs().max() > 0
     assert torch.equal(fitted.gain_predictor(statistics), predicted)
+
+
+def test_gains_of_second_tries_have_one_as_well():
+    fitted = with_gain_predictor(RefinerModel(encoder_config(segments=True, pixel_widths=(8, 12))))
+    predictor = fitted.gain_predictor
+    assert predictor is not None
+    statistics = torch.randn(300, len(STATISTICS) + len(EDGE_STATISTICS), generator=torch.Generator().manual_seed(0))
+    gains = 0.03 * statistics[:, 0] - 0.02
+    assert predictor(statistics, again=True).abs().max() == 0
+    fit_gain(fitted, statistics, gains, again=True)
+    predicted = predictor(statistics, again=True)
+    assert gains[predicted >= 0.005].sum() > 0.95 * gains.clamp(min=0).sum()
+    assert predictor(statistics).abs().max() == 0  # what is no second try is left alone
+    short = statistics[:, : len(STATISTICS)]  # where nothing is known of edges
+    assert torch.equal(predictor(short, again=True), predictor(short))
+    with pytest.raises(InvalidInputError, match="14 statistics"):
+        fit_gain(fitted, short, gains, again=True)
+    with pytest.raises(InvalidInputError, match="segmenter"):
+        fit_gain(with_gain_predictor(RefinerModel(encoder_config())), short, gains, again=True)
+
+
+def test_calibration_fits_first_and_second_tries(
+    model: RefinerModel, script: Callable[[str], ModuleType], tmp_path: Path
+):
+    """An untrained refiner spoils what it touches: from exact masks and a detector's, behind proposals and without."""
+    calibrate, dataset = script("calibrate"), script("dataset")
+    photos = list(dataset.MatchedSet(make_disc_set(tmp_path))) * 6
+    fresh = deepcopy(model)
+    predictor = calibrate.predicting(Refiner(fresh), [photos, []]).model.gain_predictor
+    assert predictor.proposal_weight.abs().max() > 0 and predictor.again_weight.abs().max() > 0
+    assert predictor.edge_weight.abs().max() == 0  # that of calls without a segmenter stays as it was
+    refined = Refiner(fresh).refine(photos[0].image, boxes=photos[0].boxes, masks=photos[0].coarse)
+    assert refined.kept_coarse is not None and refined.kept_coarse.all()
 
 
 def test_models_with_a_segmenter_are_saved_and_loaded(tmp_path: Path):

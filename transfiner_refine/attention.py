@@ -140,12 +140,13 @@ def node_attention(
     place = nearest_node(refined, point)
     assert refined.details is not None and refined.rois is not None
     quadtree = refined.details.quadtree
-    # One instance is one sequence: the reference tokens, then the nodes level by level; or one such for each level.
+    # One instance is one sequence: the reference tokens, then the nodes level by level; or one such for each level. The
+    # last ones count: before them are those behind a proposal whose refinement was refused.
     levels = [level for level, nodes in enumerate(quadtree) if len(nodes)]
     if refiner.config.joint_levels:
-        (weights,), lengths = made, [len(nodes) for nodes in quadtree]
+        weights, lengths = made[-1], [len(nodes) for nodes in quadtree]
     else:
-        weights = made[levels.index(place.level)]
+        weights = made[levels.index(place.level) - len(levels)]
         lengths = [len(nodes) if level == place.level else 0 for level, nodes in enumerate(quadtree)]
     weights = weights[REFERENCE_SIDE**2 + sum(lengths[: place.level]) + place.index]  # (T,)
     reference, *parts = weights.split([REFERENCE_SIDE**2, *lengths])

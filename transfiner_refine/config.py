@@ -173,8 +173,9 @@ class RefineOptions:
             changed at all.
         segment: Whether the segmenter proposes a mask of what is in each box, for the refinement to start from: it
             finds what the detector missed or took in far from any outline, and takes longer than the refinement of few
-            instances. A proposal that is far from the coarse mask is left alone. Without effect on a model without a
-            segmenter, and where there is no image.
+            instances. A proposal that is far from the coarse mask is left alone, and where the refinement of one is
+            refused, that of the coarse mask is tried. Without effect on a model without a segmenter, and where there
+            is no image.
         incoherence_threshold: Probability above which a cell is an incoherent node; 1.0 and above refines nothing.
         mask_threshold: Probability from which a pixel belongs to the mask.
         token_budget: Tokens held at once, which bounds memory: instances are refined in groups that fit. With the

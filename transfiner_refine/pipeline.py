@@ -142,6 +142,14 @@ class Job:
         self.coarse = CoarseMasks(self.masks, "image")
         self.proposed = torch.zeros_like(self.proposed)
 
+    def withdraw_proposals(self) -> None:
+        """Have what was refused behind a proposal start once more from the masks of the call, and nothing else."""
+        refused = (self.proposed & self.kept_coarse).nonzero()[:, 0]
+        self.spans[refused] = within_reach(self.boxes[refused], self.image_size)
+        self.proposed[refused] = False
+        self.proposals = None
+        self.index = refused
+
     def grow(self, index: Tensor) -> None:
         """Grow the spans of some instances to hold their masks, none of which is empty."""
         held, spans = boxes_from_masks(self.masks[index]), self.spans[index]
@@ -189,6 +197,7 @@ class Pipeline:
                 f"expected a depth of at most {model.config.depth}, the model's, got {self.depth}: "
                 "lower RefineOptions.depth or load a deeper model"
             )
+        self._sees_proposals = model.segmenter is not None and options.proposes and self.depth > 0
 
     def job(
         self,
@@ -256,6 +265,13 @@ class Pipeline:
             if job.image is not None and len(jobs) > 1:
                 job.image.forget()
         self._pass(jobs, 0)
+        if self._sees_proposals:  # what is refused behind one may win without it
+            everything = [job.index for job in jobs]
+            for job in jobs:
+                job.withdraw_proposals()
+            self._pass(jobs, 0, again=True)
+            for job, index in zip(jobs, everything, strict=True):
+                job.index = index
         for number in range(1, self.passes):
             for job in jobs:
                 job.start_again()
@@ -264,17 +280,15 @@ class Pipeline:
     def _propose(self, job: Job) -> None:
         """Let the segmenter replace coarse masks, where there is one."""
         segmenter, options = self.model.segmenter, self.options
-        if segmenter is None or not options.proposes or self.depth == 0:
-            return
-        if job.image is None or job.index.shape[0] == 0:
+        if segmenter is None or not self._sees_proposals or job.image is None or job.index.shape[0] == 0:
             return
         job.proposals, job.proposed = propose(
             segmenter, job.image, job.spans, job.masks, job.index, options.encode, options.mask_threshold
         )
         job.grow(job.proposed.nonzero()[:, 0])
 
-    def _pass(self, jobs: Sequence[Job], number: int) -> None:
-        """Refine what is left to refine in all jobs once."""
+    def _pass(self, jobs: Sequence[Job], number: int, again: bool = False) -> None:
+        """Refine what is left to refine in all jobs once; ``again`` if it was refused behind proposals before."""
         options = self.options
         # A batch holds the pixels of the images at work; those of a single one serve another pass.
         for group in _forgetting(self._groups(jobs)) if len(jobs) > 1 else self._groups(jobs):
@@ -299,7 +313,7 @@ class Pipeline:
                 refused |= _iou(output.probs, given, options.mask_threshold) < options.keep_if_iou_below
             gain = None
             if number == 0:  # what is predicted is what all passes win
-                gain = self._gain(group, output, given, pixels, aligned)
+                gain = self._gain(group, output, given, pixels, aligned, again)
                 refused |= gain < options.keep_if_gain_below
             keep = present & refused
             touched = output.touched & (present & ~keep)[:, None, None]
@@ -355,7 +369,13 @@ class Pipeline:
         return *align(head, pixels, output, coarse), pixels
 
     def _gain(
-        self, group: Group, output: TransfinerOutput, coarse: Tensor, pixels: Tensor | None, aligned: Tensor | None
+        self,
+        group: Group,
+        output: TransfinerOutput,
+        coarse: Tensor,
+        pixels: Tensor | None,
+        aligned: Tensor | None,
+        again: bool,
     ) -> Tensor:
         """Predicted gains ``(R,)``; infinite where nothing predicts them, so that no refinement is refused."""
         if self.model.gain_predictor is None or self.depth == 0:
@@ -367,7 +387,7 @@ class Pipeline:
                 edges = edge_statistics(pixels, coarse, aligned, self.options.mask_threshold)
                 proposals = [job.proposals[index] for job, index in group if job.proposals is not None]
                 statistics = torch.cat([statistics, edges, *([torch.cat(proposals)] if proposals else [])], dim=1)
-            return self.model.gain_predictor(statistics)
+            return self.model.gain_predictor(statistics, again)
 
     def details(self, job: Job) -> RefineDetails:
         """Join the incoherence maps and quadtrees of a job's groups, renumbered to its instances.
@@ -491,7 +511,12 @@ class Pipeline:
         coarse, proposed = self._coarse(job, job.coarse, index, rois), job.proposed[index]
         if not bool(proposed.any()):
             return coarse
-        return torch.where(proposed[:, None, None], crop_masks(job.masks[index], rois, coarse.shape[-1]), coarse)
+        threshold = self.options.mask_threshold
+        cells = crop_masks(job.masks[index], rois, coarse.shape[-1])
+        empty = proposed & (cells.amax(dim=(1, 2)) < threshold)  # so thin that it has no cell: it cannot be judged
+        job.proposed[index[empty]] = False
+        job.restore(index[empty], threshold)
+        return torch.where((proposed & ~empty)[:, None, None], cells, coarse)
 
     def _coarse(self, job: Job, masks: CoarseMasks, index: Tensor, rois: Tensor) -> Tensor:
         """Probabilities ``(n, S, S)`` of some instances of a job's coarse masks in RoIs of theirs."""

@@ -133,7 +133,9 @@ class RefinerGraph(nn.Module):
             coarse: ``(R, S, S)`` float32 coarse probabilities, ``S = 28 · 2^(levels - 1)``.
             roi_pixels: ``(R, 3, P, P)`` float32, RGB in [0, 1] of each RoI, for the pixel head; None without one.
             given: ``(R, S, S)`` float32, the coarse probabilities before the segmenter; None without one.
-            proposals: ``(R, 2)`` float32, the proposals' IoU with the coarse mask and their quality; None without one.
+            proposals: ``(R, 2)`` float32, the proposals' IoU with the coarse mask and their quality, negative for a RoI
+                that starts from its own mask because the refinement of its proposal was refused; None without a
+                segmenter.
 
         Returns:
             ``(R, S, S)`` float32 refined probabilities; ``(R, S, S)`` bool, the cells that a node or an ancestor of
@@ -157,8 +159,11 @@ class RefinerGraph(nn.Module):
         statistics = refinement_statistics(output, _append_zeros(before), self.mask_threshold)[:count]
         if aligned and roi_pixels is not None:
             edges = edge_statistics(roi_pixels, before, aligned[0], self.mask_threshold)
-            statistics = torch.cat([statistics, edges, *([] if proposals is None else [proposals])], dim=1)
-        return *refined, self.gain_predictor(statistics)
+            statistics = torch.cat([statistics, edges], dim=1)
+        if not aligned or proposals is None:
+            return *refined, self.gain_predictor(statistics)
+        behind = self.gain_predictor(torch.cat([statistics, proposals], dim=1))
+        return *refined, torch.where(proposals[:, 0] < 0, self.gain_predictor(statistics, True), behind)
 
     def _detect(self, roi_pyramid: RoIPyramid, coarse: Sequence[Tensor]) -> tuple[Detection, list[Tensor]]:
         """Find the nodes.

@@ -249,7 +249,12 @@ def _describe(refiner: Refiner, options: RefineOptions, budget: tuple[int, ...])
     if refiner.model.segmenter is not None and options.proposes:
         starts = [
             _value("given", ["N", side, side], "float32", "coarse probabilities before the segmenter, RoI frame"),
-            _value("proposals", ["N", 2], "float32", "IoU of each proposal with the coarse mask, and its quality"),
+            _value(
+                "proposals",
+                ["N", 2],
+                "float32",
+                "IoU of each proposal with the coarse mask, and its quality; -1 once one was refused",
+            ),
         ]
         sides = [proposals.CROP_SIDE, proposals.CROP_SIDE]
         map_sides = [side // MASK_STRIDE for side in sides]

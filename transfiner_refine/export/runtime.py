@@ -25,6 +25,9 @@ ROUNDING = 1e-3
 ANY_CHANGE = -1.0
 """In the place of ``least_change``: every pixel counts as changed."""
 
+NO_PROPOSAL = -1.0
+"""In the place of what the segmenter says: the refinement behind its proposal was refused, this one is without."""
+
 FORMAT_VERSION = 1
 """Version of ``config.json`` that this runtime reads."""
 
@@ -122,17 +125,18 @@ class OnnxRefiner:
         proposed = np.zeros(len(masks), np.bool_)
         if self._segmenter is not None:
             for i in usable:
-                proposals[i], new = self._propose(pyramid, masks[i], spans[i])
+                proposals[i], new = self._propose(pyramid, refined[i], spans[i])
                 if new is not None:
                     proposed[i], refined[i] = True, new
             spans[proposed] = _holding(spans[proposed], refined[proposed])
         settled = np.zeros(len(masks), np.bool_)
-        for number in range(config.get("passes", 1)):
-            if number:  # from the refined masks, in boxes that hold them
-                usable = np.array([i for i in usable if not settled[i] and refined[i].any()], np.int64)
-                spans[usable] = _holding(spans[usable], refined[usable])
-            for start in range(0, len(usable), batch_size):
-                index = usable[start : start + batch_size]
+
+        def restore(index: np.ndarray) -> None:
+            refined[index] = masks[index] if masks.dtype == np.bool_ else masks[index] >= threshold
+
+        def run(number: int, chosen: np.ndarray) -> None:
+            for start in range(0, len(chosen), batch_size):
+                index = chosen[start : start + batch_size]
                 rois = _grown(spans[index], config["box_margin"])
                 pairs = list(zip(index, rois, strict=True))
                 first = np.stack([_crop_mask(masks[i], roi, side) for i, roi in pairs])
@@ -140,13 +144,25 @@ class OnnxRefiner:
                 coarse = np.stack(
                     [_crop_mask(refined[i], roi, side) if moved[i] else first[k] for k, (i, roi) in enumerate(pairs)]
                 )
-                keeps_detail = ~proposed[index] | (number > 0)
+                # So thin that it has no cell, a proposal cannot be judged.
+                empty = proposed[index] & (number == 0) & (coarse.max(axis=(1, 2)) < threshold)
+                coarse[empty], proposed[index[empty]] = first[empty], False
+                restore(index[empty])
+                behind = proposed[index] & (number == 0)
                 settled[index] = self._refine(
-                    pyramid, index, rois, coarse, first, proposals[index], keeps_detail, number, result
+                    pyramid, index, rois, coarse, first, proposals[index], behind, number, result
                 )
-                if number == 0:
-                    for i in index[proposed[index] & result.kept_coarse[index]]:
-                        refined[i] = masks[i] if masks.dtype == np.bool_ else masks[i] >= threshold
+
+        run(0, usable)
+        if len(refused := np.flatnonzero(proposed & result.kept_coarse)):  # it may win from the masks of the call
+            restore(refused)
+            spans[refused] = _within_reach(corners[refused], masks.shape[1:])
+            proposed[refused], proposals[refused] = False, NO_PROPOSAL
+            run(0, refused)
+        for number in range(1, config.get("passes", 1)):  # from the refined masks, in boxes that hold them
+            usable = np.array([i for i in usable if not settled[i] and refined[i].any()], np.int64)
+            spans[usable] = _holding(spans[usable], refined[usable])
+            run(number, usable)
         return result
 
     def _propose(
@@ -192,14 +208,15 @@ class OnnxRefiner:
         coarse: np.ndarray,
         first: np.ndarray,
         proposals: np.ndarray,
-        keeps_detail: np.ndarray,
+        proposed: np.ndarray,
         number: int,
         result: RefinedMasks,
     ) -> np.ndarray:
         """Refine n instances once, in pass ``number``, and write what they became into the result.
 
         ``coarse`` is what the pass starts from, ``first`` are the masks of the call; ``proposals`` is what the
-        segmenter says of its own; ``keeps_detail`` is where pixels that hardly change stay as they are.
+        segmenter says of its own, ``proposed`` where ``coarse`` is one: elsewhere pixels that hardly change stay as
+        they are.
 
         Returns:
             ``(n,)`` bool, where another pass would be wasted.
@@ -227,7 +244,7 @@ class OnnxRefiner:
             enlarge = _interpolation(centres - np.float32(0.5), side)
             before = enlarge @ coarse @ enlarge.T
             pasted = np.where(touched, outputs["aligned"], before)
-        least = np.where(keeps_detail, config["least_change"], ANY_CHANGE)
+        least = np.where(proposed, ANY_CHANGE, config["least_change"])
         for i, new, old, where, roi, change in zip(index, pasted, before, touched, rois, least, strict=True):
             _paste(new, old, where, roi, result.masks[i], threshold, change)
         if number == 0:

@@ -144,7 +144,8 @@ class GainPredictor(nn.Module):
 
     Args:
         sees_edges: Whether it has a second function, for refinements whose edge statistics are known.
-        sees_proposals: Whether it has a third one, for those that a segmenter made a proposal for besides.
+        sees_proposals: Whether it has a third one, for those that a segmenter made a proposal for besides, and a
+            fourth, for those without a proposal where the one behind it was refused.
     """
 
     def __init__(self, sees_edges: bool = False, sees_proposals: bool = False) -> None:
@@ -158,14 +159,18 @@ class GainPredictor(nn.Module):
             self.edge_bias = nn.Parameter(torch.zeros(1))
         self.proposal_weight: nn.Parameter | None = None
         self.proposal_bias: nn.Parameter | None = None
+        self.again_weight: nn.Parameter | None = None
+        self.again_bias: nn.Parameter | None = None
         if sees_proposals:
-            count = len(STATISTICS) + len(EDGE_STATISTICS) + len(PROPOSAL_STATISTICS)
-            self.proposal_weight = nn.Parameter(torch.zeros(count))
+            count = len(STATISTICS) + len(EDGE_STATISTICS)
+            self.proposal_weight = nn.Parameter(torch.zeros(count + len(PROPOSAL_STATISTICS)))
             self.proposal_bias = nn.Parameter(torch.zeros(1))
+            self.again_weight = nn.Parameter(torch.zeros(count))
+            self.again_bias = nn.Parameter(torch.zeros(1))
 
     @property
     def functions(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """Weights and bias of each function that it has, those of more statistics behind."""
+        """Weights and bias of each function of a first refinement that it has, those of more statistics behind."""
         pairs = (
             (self.weight, self.bias),
             (self.edge_weight, self.edge_bias),
@@ -173,13 +178,19 @@ class GainPredictor(nn.Module):
         )
         return [(weight, bias) for weight, bias in pairs if weight is not None and bias is not None]
 
-    def forward(self, statistics: Tensor) -> Tensor:
+    def function(self, width: int, again: bool = False) -> tuple[nn.Parameter, nn.Parameter]:
+        """Weights and bias of the function that is for refinements of which ``width`` statistics are known."""
+        if again and self.again_weight is not None and self.again_bias is not None and len(self.again_weight) <= width:
+            return self.again_weight, self.again_bias
+        return [pair for pair in self.functions if pair[0].shape[0] <= width][-1]
+
+    def forward(self, statistics: Tensor, again: bool = False) -> Tensor:
         """Map statistics to predicted gains ``(R,)`` float32.
 
         Args:
             statistics: ``(R, 10)``, or ``(R, 14)`` with the edge statistics after them, or ``(R, 16)`` with those of
                 proposals after these.
+            again: Whether these refinements are tried because those behind the segmenter's proposals were refused.
         """
-        known = [pair for pair in self.functions if pair[0].shape[0] <= statistics.shape[1]]
-        weight, bias = known[-1]
+        weight, bias = self.function(statistics.shape[1], again)
         return F.linear(statistics[:, : weight.shape[0]], weight[None].float(), bias.float())[:, 0]

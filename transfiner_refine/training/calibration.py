@@ -10,6 +10,7 @@ from torch import Tensor
 
 from transfiner_refine.config import RefineOptions
 from transfiner_refine.errors import InvalidInputError
+from transfiner_refine.modeling.gain import EDGE_STATISTICS, STATISTICS
 from transfiner_refine.modeling.model import RefinerModel
 
 LARGEST_GAIN = 0.1
@@ -78,7 +79,9 @@ def with_gain_predictor(model: RefinerModel) -> RefinerModel:
     return copy.to(next(model.parameters()).device).eval()
 
 
-def fit_gain(model: RefinerModel, statistics: Tensor, gains: Tensor, weights: Tensor | None = None) -> None:
+def fit_gain(
+    model: RefinerModel, statistics: Tensor, gains: Tensor, weights: Tensor | None = None, *, again: bool = False
+) -> None:
     """Fit the gain predictor by weighted ridge regression.
 
     Args:
@@ -92,6 +95,8 @@ def fit_gain(model: RefinerModel, statistics: Tensor, gains: Tensor, weights: Te
             <transfiner_refine.RefineOptions>`.
         gains: ``(N,)`` float, the Boundary IoU that each of them won.
         weights: ``(N,)`` float above 0, how much each counts; None counts all the same.
+        again: Whether these are refinements without a proposal where the one behind it was refused, with 14
+            statistics: their function is fitted in the same way as that of proposals.
 
     Raises:
         InvalidInputError: If the model has no gain predictor, or there are fewer refinements than coefficients.
@@ -99,7 +104,9 @@ def fit_gain(model: RefinerModel, statistics: Tensor, gains: Tensor, weights: Te
     predictor = model.gain_predictor
     if predictor is None:
         raise InvalidInputError("expected a model with a gain predictor, got one without: use with_gain_predictor")
-    functions = predictor.functions
+    if again and predictor.again_weight is None:
+        raise InvalidInputError("expected a model with a segmenter, got one without: nothing is tried again")
+    functions = [predictor.function(len(STATISTICS) + len(EDGE_STATISTICS), again)] if again else predictor.functions
     widths = [len(weight) for weight, _ in functions]
     width = statistics.shape[1] if statistics.ndim == 2 else 0
     if width not in widths or len(statistics) != len(gains) or len(gains) <= width:
@@ -108,10 +115,10 @@ def fit_gain(model: RefinerModel, statistics: Tensor, gains: Tensor, weights: Te
             f"each gain, got {tuple(statistics.shape)} statistics and {len(gains)} gains: calibrate on more objects"
         )
     share = torch.ones_like(gains, dtype=torch.float64) if weights is None else weights.double()
-    of_proposals = width == widths[-1] and predictor.proposal_weight is not None
-    for weight, bias in functions[-1:] if of_proposals else functions:
+    decides = again or (width == widths[-1] and predictor.proposal_weight is not None)
+    for weight, bias in functions[-1:] if decides else functions:
         if len(weight) <= width:
-            fit = _accepting if of_proposals else _ridge
+            fit = _accepting if decides else _ridge
             slopes, offset = fit(statistics[:, : len(weight)].double(), gains.double(), share / share.sum())
             with torch.no_grad():
                 weight.copy_(slopes)

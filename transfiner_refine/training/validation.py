@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from transfiner_refine.config import RefineOptions
 from transfiner_refine.errors import InvalidInputError
@@ -213,12 +213,18 @@ def _joined(rows: Sequence[Tensor]) -> Tensor:
 
 @contextmanager
 def _statistics(model: RefinerModel) -> Iterator[list[Tensor]]:
-    """Collect what the gain predictor is asked about, for each group of refinements."""
+    """Collect what the gain predictor is asked about first, for each group of refinements."""
     rows: list[Tensor] = []
     if model.gain_predictor is None:
         yield rows
         return
-    hook = model.gain_predictor.register_forward_pre_hook(lambda _, given: rows.append(given[0].cpu()))
+
+    def collect(_: nn.Module, given: tuple[Tensor, bool]) -> None:
+        statistics, again = given
+        if not again:  # one that strayed too far is tried without its proposal
+            rows.append(statistics.cpu())
+
+    hook = model.gain_predictor.register_forward_pre_hook(collect)
     try:
         yield rows
     finally:
