@@ -21,15 +21,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from baselines import load_refiner  # pyright: ignore[reportMissingImports]
 from dataset import DATA, MatchedImage, MatchedSet, open_set  # pyright: ignore[reportMissingImports]
-from methods import Coarse, start_from  # pyright: ignore[reportMissingImports]
+from methods import Coarse, refined, start_from  # pyright: ignore[reportMissingImports]
 from train_embedded import Validation, with_changes  # pyright: ignore[reportMissingImports]
 
 from transfiner_refine import RefineOptions, Refiner
 from transfiner_refine.evaluation import boundary_iou
-from transfiner_refine.modeling.gain import EDGE_STATISTICS, PROPOSAL_STATISTICS, STATISTICS
+from transfiner_refine.modeling.gain import PROPOSAL_STATISTICS
 from transfiner_refine.proposals import LEAST_AGREEMENT
 from transfiner_refine.training.calibration import (
     EXACT_WEIGHT,
+    asked_statistics,
     calibrate_thresholds,
     fit_gain,
     with_gain_predictor,
@@ -60,7 +61,7 @@ def predicting(refiner: Refiner, sets: list[list[MatchedImage]]) -> Refiner:
     statistics, gains, weights = refinements(refiner, samples, accept)
     fit_gain(model, statistics, gains, weights)
     assert model.gain_predictor is not None
-    if statistics.shape[1] == len(STATISTICS) + len(EDGE_STATISTICS) + len(PROPOSAL_STATISTICS):
+    if model.gain_predictor.again_weight is not None:
         agreement = statistics[:, -len(PROPOSAL_STATISTICS)]
         refused = model.gain_predictor(statistics) < RefineOptions().keep_if_gain_below
         again = refused & (agreement >= LEAST_AGREEMENT)
@@ -84,19 +85,14 @@ def refinements(
         Of N refinements ``(N, K)`` float32 statistics, ``(N,)`` float64 gains of Boundary IoU, and ``(N,)`` float64
         weights.
     """
-    assert refiner.model.gain_predictor is not None
-    statistics: list[torch.Tensor] = []
-    hook = refiner.model.gain_predictor.register_forward_pre_hook(lambda _, given: statistics.append(given[0]))
     gains, weights = [], []
-    for kind in Coarse:
-        frame = "box" if kind is Coarse.box else "image"
-        for sample, weight in ((start_from(sample, kind), weight) for sample, weight in samples):
-            masks = sample.box_probs if kind is Coarse.box else sample.coarse
-            out = refiner.refine(sample.image, boxes=sample.boxes, masks=masks, mask_frame=frame, options=options)
-            before = boundary_iou(sample.coarse, sample.truth)
-            gains.append(boundary_iou(np.asarray(out.masks), sample.truth) - before)
-            weights.append(np.full(len(before), weight if kind is Coarse.truth else 1.0))
-    hook.remove()
+    with asked_statistics(refiner.model) as statistics:
+        for kind in Coarse:
+            for sample, weight in ((start_from(sample, kind), weight) for sample, weight in samples):
+                out = refined(refiner, kind, options)(sample)
+                before = boundary_iou(sample.coarse, sample.truth)
+                gains.append(boundary_iou(out, sample.truth) - before)
+                weights.append(np.full(len(before), weight if kind is Coarse.truth else 1.0))
     return torch.cat(statistics), torch.from_numpy(np.concatenate(gains)), torch.from_numpy(np.concatenate(weights))
 
 

@@ -147,7 +147,6 @@ class Job:
         refused = (self.proposed & self.kept_coarse).nonzero()[:, 0]
         self.spans[refused] = within_reach(self.boxes[refused], self.image_size)
         self.proposed[refused] = False
-        self.proposals = None
         self.index = refused
 
     def grow(self, index: Tensor) -> None:

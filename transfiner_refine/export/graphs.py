@@ -159,11 +159,11 @@ class RefinerGraph(nn.Module):
         statistics = refinement_statistics(output, _append_zeros(before), self.mask_threshold)[:count]
         if aligned and roi_pixels is not None:
             edges = edge_statistics(roi_pixels, before, aligned[0], self.mask_threshold)
-            statistics = torch.cat([statistics, edges], dim=1)
-        if not aligned or proposals is None:
-            return *refined, self.gain_predictor(statistics)
-        behind = self.gain_predictor(torch.cat([statistics, proposals], dim=1))
-        return *refined, torch.where(proposals[:, 0] < 0, self.gain_predictor(statistics, True), behind)
+            statistics = torch.cat([statistics, edges, *([] if proposals is None else [proposals])], dim=1)
+        gain = self.gain_predictor(statistics)
+        if proposals is not None:
+            gain = torch.where(proposals[:, 0] < 0, self.gain_predictor(statistics, True), gain)
+        return *refined, gain
 
     def _detect(self, roi_pyramid: RoIPyramid, coarse: Sequence[Tensor]) -> tuple[Detection, list[Tensor]]:
         """Find the nodes.

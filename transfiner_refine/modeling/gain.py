@@ -178,12 +178,6 @@ class GainPredictor(nn.Module):
         )
         return [(weight, bias) for weight, bias in pairs if weight is not None and bias is not None]
 
-    def function(self, width: int, again: bool = False) -> tuple[nn.Parameter, nn.Parameter]:
-        """Weights and bias of the function that is for refinements of which ``width`` statistics are known."""
-        if again and self.again_weight is not None and self.again_bias is not None and len(self.again_weight) <= width:
-            return self.again_weight, self.again_bias
-        return [pair for pair in self.functions if pair[0].shape[0] <= width][-1]
-
     def forward(self, statistics: Tensor, again: bool = False) -> Tensor:
         """Map statistics to predicted gains ``(R,)`` float32.
 
@@ -192,5 +186,8 @@ class GainPredictor(nn.Module):
                 proposals after these.
             again: Whether these refinements are tried because those behind the segmenter's proposals were refused.
         """
-        weight, bias = self.function(statistics.shape[1], again)
+        functions = self.functions
+        if again and self.again_weight is not None and self.again_bias is not None:
+            functions = [functions[0], (self.again_weight, self.again_bias)]
+        weight, bias = [pair for pair in functions if pair[0].shape[0] <= statistics.shape[1]][-1]
         return F.linear(statistics[:, : weight.shape[0]], weight[None].float(), bias.float())[:, 0]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from transfiner_refine.config import RefineOptions
 from transfiner_refine.errors import InvalidInputError
-from transfiner_refine.modeling.gain import EDGE_STATISTICS, STATISTICS
 from transfiner_refine.modeling.model import RefinerModel
 
 LARGEST_GAIN = 0.1
@@ -79,6 +79,30 @@ def with_gain_predictor(model: RefinerModel) -> RefinerModel:
     return copy.to(next(model.parameters()).device).eval()
 
 
+@contextmanager
+def asked_statistics(model: RefinerModel) -> Iterator[list[Tensor]]:
+    """Collect what a model's gain predictor is asked about, for each group of refinements; second tries are left out.
+
+    Yields:
+        Statistics ``(n, K)`` on the CPU, a group after the other while the context lasts; none without a predictor.
+    """
+    rows: list[Tensor] = []
+    if model.gain_predictor is None:
+        yield rows
+        return
+
+    def collect(_: nn.Module, given: tuple[Tensor, bool]) -> None:
+        statistics, again = given
+        if not again:  # one that strayed too far is tried without its proposal
+            rows.append(statistics.cpu())
+
+    hook = model.gain_predictor.register_forward_pre_hook(collect)
+    try:
+        yield rows
+    finally:
+        hook.remove()
+
+
 def fit_gain(
     model: RefinerModel, statistics: Tensor, gains: Tensor, weights: Tensor | None = None, *, again: bool = False
 ) -> None:
@@ -104,9 +128,11 @@ def fit_gain(
     predictor = model.gain_predictor
     if predictor is None:
         raise InvalidInputError("expected a model with a gain predictor, got one without: use with_gain_predictor")
-    if again and predictor.again_weight is None:
-        raise InvalidInputError("expected a model with a segmenter, got one without: nothing is tried again")
-    functions = [predictor.function(len(STATISTICS) + len(EDGE_STATISTICS), again)] if again else predictor.functions
+    functions = predictor.functions
+    if again:
+        if predictor.again_weight is None or predictor.again_bias is None:
+            raise InvalidInputError("expected a model with a segmenter, got one without: nothing is tried again")
+        functions = [(predictor.again_weight, predictor.again_bias)]
     widths = [len(weight) for weight, _ in functions]
     width = statistics.shape[1] if statistics.ndim == 2 else 0
     if width not in widths or len(statistics) != len(gains) or len(gains) <= width:

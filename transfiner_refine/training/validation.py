@@ -5,15 +5,14 @@ N instances of an image.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from transfiner_refine.config import RefineOptions
 from transfiner_refine.errors import InvalidInputError
@@ -27,7 +26,7 @@ from transfiner_refine.inputs import as_image, boxes_from_masks
 from transfiner_refine.modeling.gain import STATISTICS
 from transfiner_refine.modeling.model import RefinerModel
 from transfiner_refine.refiner import Refiner
-from transfiner_refine.training.calibration import EXACT_WEIGHT, fit_gain
+from transfiner_refine.training.calibration import EXACT_WEIGHT, asked_statistics, fit_gain
 from transfiner_refine.training.coarse import simulate_coarse
 from transfiner_refine.training.processes import map_shared
 from transfiner_refine.types import Instances
@@ -201,7 +200,7 @@ class Validation:
     ) -> tuple[Instances, Tensor]:
         """Refine masks of a photo, with their statistics ``(N, K)``; none if no gain is predicted."""
         options = replace(self.options, keep_if_gain_below=-1.0)
-        with _statistics(refiner.model) as rows:
+        with asked_statistics(refiner.model) as rows:
             out = refiner.refine(pixels, boxes=boxes, masks=masks, options=options).to("cpu")
         return out, _joined(rows)
 
@@ -209,26 +208,6 @@ class Validation:
 def _joined(rows: Sequence[Tensor]) -> Tensor:
     """Join rows of statistics; those of no refinement do not say how many columns there are."""
     return torch.cat([x for x in rows if len(x)] or [torch.zeros(0, len(STATISTICS))])
-
-
-@contextmanager
-def _statistics(model: RefinerModel) -> Iterator[list[Tensor]]:
-    """Collect what the gain predictor is asked about first, for each group of refinements."""
-    rows: list[Tensor] = []
-    if model.gain_predictor is None:
-        yield rows
-        return
-
-    def collect(_: nn.Module, given: tuple[Tensor, bool]) -> None:
-        statistics, again = given
-        if not again:  # one that strayed too far is tried without its proposal
-            rows.append(statistics.cpu())
-
-    hook = model.gain_predictor.register_forward_pre_hook(collect)
-    try:
-        yield rows
-    finally:
-        hook.remove()
 
 
 def _predicted_gains(
